@@ -1,0 +1,5 @@
+"""`python -m upchatty` is `upchatty`."""
+
+from upchatty.cli import main
+
+main()

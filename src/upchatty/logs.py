@@ -1,0 +1,69 @@
+"""Structured logs on standard error: JSON lines, or coloured ones on a terminal."""
+
+import logging
+import sys
+from typing import Any, BinaryIO
+
+import msgspec
+import structlog
+
+from upchatty.settings import Settings
+
+
+class _Unfailing:
+    """A binary file whose trouble (a full disk, a closed pipe) is nobody's trouble."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, line: bytes) -> None:
+        try:
+            self._file.write(line)
+        except OSError:
+            pass
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError:
+            pass
+
+
+class _ToStructlog(logging.Handler):
+    """Passes on what libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and record.exc_info[1]
+        structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=error)
+
+
+def configure_logs(settings: Settings) -> None:
+    """Set up logging for the process.
+
+    Args:
+        settings: Their format and level.
+    """
+    on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="time"),
+            structlog.processors.format_exc_info,
+            *(_console() if on_terminal else [structlog.processors.JSONRenderer(_to_json)]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
+        logger_factory=structlog.BytesLoggerFactory(_Unfailing(sys.stderr.buffer)),  # type: ignore[arg-type]
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
+def _console() -> list[Any]:
+    return [
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="time"),
+        lambda _logger, _method, line: line.encode(),
+    ]
+
+
+def _to_json(event: dict[str, Any], **_: Any) -> bytes:
+    return msgspec.json.encode(event, enc_hook=str)

