@@ -1,0 +1,1 @@
+"""Engines: OpenAI-compatible servers, ours and others', and the files they load."""

@@ -1,0 +1,165 @@
+"""llama.cpp as a supervised child process.
+
+A crash in C++ ends the child, not the server: callers get 503 while it is started again.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from upchatty.engines.client import EngineClient
+from upchatty.errors import EngineNotReady, ModelFileError
+from upchatty.settings import ModelSettings
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds between a crash and the next start
+STABLE_SECONDS = 60.0  # a child that has lived so long starts the back-off anew
+STOP_SECONDS = 5.0
+
+log = structlog.get_logger()
+
+
+class LlamaServer:
+    """One model, run by llama.cpp.
+
+    Args:
+        name: The model's name in the settings.
+        settings: How it is run.
+        path: The GGUF file.
+    """
+
+    def __init__(self, name: str, settings: ModelSettings, path: Path) -> None:
+        self._name = name
+        self._settings = settings
+        self._path = path
+        self._client: EngineClient | None = None
+        self._process: Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._complaints: deque[str] = deque(maxlen=20)
+        self.restarts = 0
+        self.context: int | None = None
+        """Tokens that one conversation may take: the setting, or less where the model was made for less."""
+
+    async def start(self) -> None:
+        """Load the model, and from then on keep it running.
+
+        Raises:
+            ModelFileError: llama.cpp cannot load the file.
+        """
+        await self._spawn()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """End the child."""
+        if self._supervisor:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+        await self._end_process()
+
+    def client(self) -> EngineClient:
+        """The client of the running child.
+
+        Raises:
+            EngineNotReady: It is being started.
+        """
+        if self._client is None:
+            raise EngineNotReady(model=self._name, problem="its engine is being started")
+        return self._client
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, or None while there is no child."""
+        return self._process.pid if self._process else None
+
+    async def _spawn(self) -> None:
+        token = secrets.token_urlsafe(32)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "upchatty.engines.llama_child",
+            stdin=PIPE, stdout=PIPE, stderr=PIPE,
+            start_new_session=True,  # Ctrl-C reaches the server alone, which lets answers finish first
+        )  # fmt: skip
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin and stdout and stderr  # they are pipes
+        listener = asyncio.create_task(self._listen(stderr))
+        stdin.write(json.dumps(self._parameters(token)).encode() + b"\n")
+        address = (await stdout.readline()).decode().strip()
+        if not address:
+            await self._process.wait()
+            await listener
+            raise ModelFileError(path=self._path, problem=self._complaint())
+        client = EngineClient(address + "/v1", self._name, token, self._settings.timeout_seconds, llama=True)
+        self.context = await client.context_length()
+        self._client = client
+        log.info("engine ready", model=self._name, pid=self._process.pid)
+
+    def _parameters(self, token: str) -> dict[str, object]:
+        return {
+            "parent": os.getpid(),
+            "token": token,
+            "path": str(self._path),
+            "threads": self._settings.threads or os.cpu_count() or 1,
+            "slots": self._settings.slots,
+            "context": self._settings.context,
+            "gpu_layers": self._settings.gpu_layers,
+            "speculation": self._settings.speculation,
+        }
+
+    async def _supervise(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            started = time.monotonic()
+            assert self._process  # it was spawned before
+            code = await self._process.wait()
+            await self._forget_client()
+            if time.monotonic() - started > STABLE_SECONDS:
+                pause = FIRST_PAUSE
+            log.error(
+                "engine died", model=self._name, exit_code=code, restart_in=pause, said=self._complaint()
+            )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            self.restarts += 1
+            try:
+                await self._spawn()
+            except (ModelFileError, OSError) as error:
+                log.error("engine does not start", model=self._name, problem=str(error))
+
+    async def _forget_client(self) -> None:
+        client, self._client = self._client, None
+        if client:
+            await client.close()
+
+    async def _end_process(self) -> None:
+        await self._forget_client()
+        if self._process is None or self._process.returncode is not None:
+            return
+        assert self._process.stdin
+        self._process.stdin.close()  # the child ends when its pipe does
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    async def _listen(self, stderr: asyncio.StreamReader) -> None:
+        """Keep the last lines that the child says, for the sentence when it dies."""
+        while line := await stderr.readline():
+            said = line.decode(errors="replace").strip()
+            self._complaints.append(said)
+            log.debug("engine says", model=self._name, line=said)
+
+    def _complaint(self) -> str:
+        """The most telling of the child's last lines: the first error, without time and source."""
+        errors = [line.partition("error loading model: ")[2] for line in self._complaints]
+        for told in [*filter(None, errors), *reversed(self._complaints)]:
+            return told
+        return "llama.cpp ended without a word"

@@ -1,0 +1,83 @@
+"""The process that runs llama.cpp: `python -m upchatty.engines.llama_child`.
+
+It reads its parameters as one line of JSON from standard input (neither arguments nor environment,
+which other users of the machine can see), serves on a free port of the loopback interface, prints its
+base URL as one line, and ends when its parent does.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import xllamacpp
+
+LINUX_PR_SET_PDEATHSIG = 1  # prctl(2)
+NGRAM_MATCH, NGRAM_DRAFT_MIN, NGRAM_DRAFT_MAX = 6, 2, 12
+BATCH_TOKENS = 256
+PROMPT_CACHE_MIB = 512
+QUIET = 1  # errors only
+
+
+def main() -> None:
+    """Serve until the parent ends or says so by closing the pipe."""
+    parameters = json.loads(sys.stdin.readline())
+    _die_with(parameters["parent"])
+    try:
+        server = xllamacpp.Server(_llama_parameters(parameters))
+    except RuntimeError:
+        os._exit(1)  # llama.cpp has said why on standard error
+    print(server.listening_address, flush=True)
+    threading.Event().wait()
+
+
+def _die_with(parent: int) -> None:
+    """End when the parent does, even if that is killed.
+
+    The pipe's end tells it everywhere, but llama.cpp keeps the interpreter to itself while it loads;
+    on Linux the kernel tells it then too.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(LINUX_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+    threading.Thread(target=_wait_for_the_pipe_to_close, daemon=True).start()
+
+
+def _wait_for_the_pipe_to_close() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(0)
+
+
+def _llama_parameters(parameters: dict[str, Any]) -> Any:
+    """The parameters in llama.cpp's terms: https://github.com/ggml-org/llama.cpp/blob/master/common/common.h"""
+    llama = xllamacpp.CommonParams()
+    llama.model.path = parameters["path"]
+    llama.hostnames = ["127.0.0.1"]
+    llama.port = 0
+    llama.api_keys = [parameters["token"]]
+    llama.n_parallel = parameters["slots"]
+    llama.n_ctx = parameters["slots"] * parameters["context"]
+    llama.n_gpu_layers = parameters["gpu_layers"]
+    llama.cpuparams.n_threads = llama.cpuparams_batch.n_threads = parameters["threads"]
+    # Small batches: an abandoned prompt is dropped between two, and other answers go on in between.
+    llama.n_batch = llama.n_ubatch = BATCH_TOKENS
+    llama.cache_ram_mib = PROMPT_CACHE_MIB
+    llama.endpoint_props = True
+    llama.prefill_assistant = False  # a last message of the assistant is history, not a beginning
+    llama.ui = False
+    llama.verbosity = QUIET
+    if parameters["speculation"] == "ngram":
+        llama.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_MOD]
+        llama.speculative.ngram_mod.n_match = NGRAM_MATCH
+        llama.speculative.ngram_mod.n_min = NGRAM_DRAFT_MIN
+        llama.speculative.ngram_mod.n_max = NGRAM_DRAFT_MAX
+    return llama
+
+
+if __name__ == "__main__":
+    main()
