@@ -1,0 +1,1 @@
+"""The one path of an answer: chatbot, prompt, engine, account."""

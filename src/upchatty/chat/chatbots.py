@@ -1,0 +1,177 @@
+"""Chatbots and their versions. A version never changes: every change makes the next one."""
+
+import re
+import time
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from cachetools import TTLCache
+from sqlalchemy import RowMapping
+from uuid_utils import uuid7
+
+from upchatty.errors import InvalidRequest, NotFound
+from upchatty.storage import chatbots as storage
+from upchatty.storage.database import Database
+
+CACHE_SECONDS = 0.5  # a change made on another server is seen here within a second
+REFERENCE = re.compile(r"(bot_[0-9a-f]{32})(?:@([1-9][0-9]{0,8}))?", re.ASCII)
+
+DEFAULT_INSTRUCTIONS = "You are a helpful assistant. Answer briefly and truthfully."
+DEFAULT_TEMPERATURE = 0.7
+DEFAULT_MAX_TOKENS = 1024
+
+
+class Chatbot(NamedTuple):
+    """One version of a chatbot. Times are unix milliseconds."""
+
+    id: str
+    version: int
+    published_version: int
+    latest_version: int
+    name: str
+    instructions: str
+    model: str | None
+    """The model behind it; None: the server's default."""
+    temperature: float
+    max_tokens: int
+    """Tokens of an answer at most."""
+    keep_text: bool
+    """Whether the record of a completion keeps what was said."""
+    created_at: int
+    updated_at: int
+
+
+DEFAULTS: dict[str, Any] = {
+    "instructions": DEFAULT_INSTRUCTIONS,
+    "model": None,
+    "temperature": DEFAULT_TEMPERATURE,
+    "max_tokens": DEFAULT_MAX_TOKENS,
+    "keep_text": True,
+}
+"""What holds for a field that is not given, or given as null."""
+
+
+class Chatbots:
+    """The chatbots of one database.
+
+    Args:
+        database: Where they are kept.
+        models: The names of the models that they may use.
+    """
+
+    def __init__(self, database: Database, models: Collection[str]) -> None:
+        self._database = database
+        self._models = models
+        self._cache: TTLCache[str, Chatbot] = TTLCache(10_000, CACHE_SECONDS)
+
+    async def get(self, reference: str) -> Chatbot:
+        """A chatbot by its id, `bot_…`: the published version; or by `bot_…@3`: that one.
+
+        Raises:
+            NotFound: There is no such chatbot or version.
+        """
+        if chatbot := self._cache.get(reference):
+            return chatbot
+        match = REFERENCE.fullmatch(reference)
+        row = match and await storage.get_chatbot(
+            self._database, match[1], int(match[2]) if match[2] else None
+        )
+        if not row:
+            raise NotFound(kind="chatbot", name=reference)
+        chatbot = self._cache[reference] = _chatbot(row)
+        return chatbot
+
+    async def page(
+        self, *, after: str = "", limit: int | None = None, only: frozenset[str] | None = None
+    ) -> list[Chatbot]:
+        """The published versions of the chatbots, oldest chatbot first."""
+        rows = await storage.list_chatbots(self._database, after=after, limit=limit, only=only)
+        return [_chatbot(row) for row in rows]
+
+    async def versions(self, chatbot_id: str, *, after: int = 0, limit: int | None = None) -> list[Chatbot]:
+        """A chatbot's versions, oldest first.
+
+        Raises:
+            NotFound: There is no such chatbot.
+        """
+        await self.get(chatbot_id)
+        rows = await storage.list_versions(self._database, chatbot_id, after=after, limit=limit)
+        return [_chatbot(row) for row in rows]
+
+    async def create(self, name: str, **given: Any) -> Chatbot:
+        """Make a chatbot.
+
+        Args:
+            name: For people.
+            given: Other fields of `Chatbot` that an owner sets; None means the default.
+
+        Raises:
+            InvalidRequest: There is no such model.
+        """
+        fields = self._checked(given)
+        chatbot_id, now = f"bot_{uuid7().hex}", _now()
+        await storage.add_chatbot(
+            self._database,
+            {"id": chatbot_id, "published_version": 1, "latest_version": 1, "created_at": now},
+            {"chatbot_id": chatbot_id, "version": 1, "name": name, "created_at": now} | DEFAULTS | fields,
+        )
+        return await self.get(chatbot_id)
+
+    async def change(self, chatbot_id: str, **given: Any) -> Chatbot:
+        """Make the next version, which differs from the published one by what is given, and publish it.
+
+        Args:
+            chatbot_id: Which chatbot.
+            given: The fields to change; None means the default again.
+
+        Raises:
+            NotFound: There is no such chatbot.
+            InvalidRequest: There is no such model.
+        """
+        if not await storage.add_version(self._database, chatbot_id, self._checked(given), _now()):
+            raise NotFound(kind="chatbot", name=chatbot_id)
+        return await self._reread(chatbot_id)
+
+    async def publish(self, chatbot_id: str, version: int) -> Chatbot:
+        """Make an existing version the one that answers to the plain id.
+
+        Raises:
+            NotFound: There is no such chatbot or version.
+        """
+        if not await storage.publish_version(self._database, chatbot_id, version):
+            raise NotFound(kind="chatbot", name=f"{chatbot_id}@{version}")
+        return await self._reread(chatbot_id)
+
+    async def delete(self, chatbot_id: str) -> None:
+        """Delete a chatbot with all it owns.
+
+        Raises:
+            NotFound: There is no such chatbot.
+        """
+        if not await storage.delete_chatbot(self._database, chatbot_id):
+            raise NotFound(kind="chatbot", name=chatbot_id)
+        self._cache.clear()
+
+    async def make_first(self) -> Chatbot:
+        """The oldest chatbot; one is made where there is none."""
+        first = await self.page(limit=1)
+        return first[0] if first else await self.create("My first chatbot")
+
+    async def _reread(self, chatbot_id: str) -> Chatbot:
+        self._cache.clear()
+        return await self.get(chatbot_id)
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        if (model := given.get("model")) is not None and model not in self._models:
+            raise InvalidRequest(
+                parameter="model", expected=f"expected one of the server's models ({', '.join(self._models)})"
+            )
+        return {field: DEFAULTS[field] if value is None else value for field, value in given.items()}
+
+
+def _chatbot(row: RowMapping) -> Chatbot:
+    return Chatbot(**row)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
