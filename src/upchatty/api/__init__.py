@@ -1,0 +1,1 @@
+"""The wire: requests and responses as the contract has them, and no decisions."""

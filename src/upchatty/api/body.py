@@ -1,0 +1,145 @@
+"""Reading JSON bodies strictly, with errors that name the parameter.
+
+Refused besides what the types refuse: duplicate keys (two readers would read two things), NaN and
+infinities, lone surrogates, NUL characters, which neither engines nor PostgreSQL can hold.
+"""
+
+import json
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request
+from litestar.datastructures import State
+from msgspec import inspect
+from msgspec.inspect import type_info
+
+from upchatty.auth import Caller
+from upchatty.errors import InvalidRequest, UnsupportedMediaType
+
+Body = TypeVar("Body")
+
+WORDS = {
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "a boolean",
+    "array": "an array",
+    "object": "an object",
+    "null": "null",
+}
+
+
+class JSONRequest(Request[Caller, None, State]):
+    """A request whose JSON body is read as the type that its handler names."""
+
+    async def json(self) -> Any:
+        """The body.
+
+        Raises:
+            UnsupportedMediaType: It is not declared to be JSON.
+            InvalidRequest: It is not JSON, or not of the type.
+        """
+        media_type = self.headers.get("content-type", "nothing")
+        if media_type.partition(";")[0].strip().lower() != "application/json":
+            raise UnsupportedMediaType(got=media_type)
+        if encoding := self.headers.get("content-encoding"):
+            raise UnsupportedMediaType(got=f"application/json in {encoding}")
+        field = self.route_handler.parsed_data_field
+        assert field is not None  # only handlers that take data ask for it
+        return decode(await self.body(), field.annotation)
+
+
+def decode(body: bytes, body_type: type[Body]) -> Body:
+    """A JSON text as a value of this type.
+
+    Args:
+        body: The text, UTF-8.
+        body_type: A msgspec Struct.
+
+    Raises:
+        InvalidRequest: It is not JSON, or not of the type; names the parameter.
+    """
+    try:
+        value = msgspec.json.decode(body, type=body_type)
+        json.loads(body, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), body_type) from None
+    except UnicodeDecodeError:
+        raise InvalidRequest(parameter="body", expected="expected UTF-8") from None
+    except RecursionError:
+        raise InvalidRequest(parameter="body", expected="the JSON is nested too deeply") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise InvalidRequest(parameter="body", expected=f"expected valid JSON ({error})") from None
+    if b"\\u0000" in body:
+        _refuse_nul(msgspec.to_builtins(value), "")
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(parameter=twice, expected="expected once, but it stands there twice")
+
+
+def _refuse_constant(constant: str) -> None:
+    raise InvalidRequest(parameter="body", expected=f"{constant} is no JSON")
+
+
+def _refuse_nul(value: object, path: str) -> None:
+    if isinstance(value, str) and "\0" in value:
+        raise InvalidRequest(parameter=path, expected="NUL characters are not allowed")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_nul(name, path or "body")
+            _refuse_nul(inner, f"{path}.{name}" if path else name)
+    if isinstance(value, list):
+        for index, inner in enumerate(value):
+            _refuse_nul(inner, f"{path}[{index}]")
+
+
+def _explained(message: str, body_type: type) -> InvalidRequest:
+    """msgspec's message as a sentence that names the parameter."""
+    problem, _, path = message.partition(" - at `$")
+    parameter = re.sub(r"\[\.\.\.\]", "", path.rstrip("`")).lstrip(".")
+    if missing := re.fullmatch(r"Object missing required field `(.+)`", problem):
+        name = f"{parameter}.{missing[1]}" if parameter else missing[1]
+        return InvalidRequest(parameter=name, expected="this parameter is required")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", problem):
+        name = f"{parameter}.{unknown[1]}" if parameter else unknown[1]
+        return InvalidRequest(parameter=name, expected="there is no such parameter")
+    if problem.startswith(("Invalid enum value", "Invalid value")):
+        names = re.sub(r"\[\d+\]", "", parameter).split(".")
+        choices = ", ".join(map(repr, _choices(type_info(body_type), names)))
+        return InvalidRequest(parameter=parameter, expected=f"expected one of {choices}")
+    words = re.sub(r"`([^`]+)`", lambda match: _in_words(match[1]), problem)
+    return InvalidRequest(parameter=parameter or "body", expected=words[:1].lower() + words[1:])
+
+
+def _in_words(types: str) -> str:
+    return " or ".join(
+        WORDS.get(name, name) for name in types.split(" | ") if name != "null" or types == name
+    )
+
+
+def _choices(info: inspect.Type, names: list[str]) -> list[object]:
+    """The values that a type allows at the end of a path of field names."""
+    match info:
+        case inspect.Metadata(type=inner) | inspect.ListType(item_type=inner):
+            return _choices(inner, names)
+        case inspect.UnionType(types=kinds):
+            return [choice for kind in kinds for choice in _choices(kind, names)]
+        case inspect.LiteralType(values=values) if not names:
+            return list(values)
+        case inspect.StructType(tag_field=tag_field, tag=tag) if names == [tag_field]:
+            return [tag]
+        case inspect.StructType(fields=fields) if names:
+            return [
+                choice
+                for field in fields
+                if field.encode_name == names[0]
+                for choice in _choices(field.type, names[1:])
+            ]
+        case _:
+            return []

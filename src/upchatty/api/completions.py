@@ -1,0 +1,277 @@
+"""`POST /chat/completions`: OpenAI's request in, an answer out, whole or streamed.
+
+Protocol: https://platform.openai.com/docs/api-reference/chat
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Response, post
+from litestar.types import Receive, Scope, Send
+from msgspec import Meta, Struct
+
+from upchatty.api.body import JSONRequest
+from upchatty.api.caller import CallerWatch
+from upchatty.api.errors import with_errors
+from upchatty.api.services import Services
+from upchatty.api.stream import Chunks, EventStream
+from upchatty.auth import Caller
+from upchatty.chat.answer import Answer, FinishReason, Question
+from upchatty.engines.client import Message, Usage
+from upchatty.errors import InvalidRequest, RequestError
+
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+TokenLimit = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Text = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\x00]*$"})]
+Empty = Meta(max_length=0)
+PASSED_ON = ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
+
+
+class TextPart(Struct, tag_field="type", tag="text"):
+    """A part of a message."""
+
+    text: Text
+
+
+class UserMessage(Struct, tag_field="role", tag="user"):
+    """What a person says."""
+
+    content: Text | list[TextPart]
+
+
+class AssistantMessage(Struct, tag_field="role", tag="assistant"):
+    """What the chatbot said."""
+
+    content: Text | list[TextPart] | None = None
+    tool_calls: Annotated[list[Any], Empty] | None = None
+
+
+class SystemMessage(Struct, tag_field="role", tag="system"):
+    """What the caller's program adds to the chatbot's instructions."""
+
+    content: Text | list[TextPart]
+
+
+class DeveloperMessage(Struct, tag_field="role", tag="developer"):
+    """The same, by OpenAI's newer name."""
+
+    content: Text | list[TextPart]
+
+
+ChatMessage = UserMessage | AssistantMessage | SystemMessage | DeveloperMessage
+ROLES = {
+    UserMessage: "user",
+    AssistantMessage: "assistant",
+    SystemMessage: "system",
+    DeveloperMessage: "system",
+}
+
+
+class StreamOptions(Struct, kw_only=True):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+
+
+class JSONSchemaFormat(Struct, kw_only=True):
+    """A schema that the answer follows."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """The answer's format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    def for_engine(self) -> dict[str, Any]:
+        """The same as plain values.
+
+        Raises:
+            InvalidRequest: There is no schema where there has to be one.
+        """
+        if self.type == "json_object":
+            return {"type": "json_object"}
+        if self.json_schema is None or self.json_schema.schema is None:
+            raise InvalidRequest(
+                parameter="response_format.json_schema.schema", expected="expected a JSON schema"
+            )
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.json_schema.schema}}
+
+
+class ChatCompletionRequest(Struct, kw_only=True):
+    """A question to a chatbot. What it does not list is ignored."""
+
+    model: Annotated[str, Meta(description="The chatbot's id, `bot_…`, or `bot_…@7` for its version 7")]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    temperature: Fraction | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    top_p: Fraction | None = None
+    stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
+    seed: Seed | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    response_format: ResponseFormat | None = None
+
+    # Known parameters that would change the answer, and are not built: only their neutral values pass.
+    n: Annotated[int, Meta(ge=1, le=1)] | None = None
+    logprobs: Annotated[bool, Meta(extra_json_schema={"const": False})] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Empty] | None = None
+    tools: Annotated[list[Any], Empty] | None = None
+    functions: Annotated[list[Any], Empty] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    web_search_options: None = None
+
+    def question(self) -> Question:
+        """The request in the domain's terms.
+
+        Raises:
+            InvalidRequest: A parameter asks for what is not built.
+        """
+        if self.logprobs:
+            raise InvalidRequest(parameter="logprobs", expected="log probabilities are not available")
+        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        parameters = {
+            name: value for name in PASSED_ON if (value := getattr(self, name)) is not None and value != []
+        }
+        if self.response_format and self.response_format.type != "text":
+            parameters["response_format"] = self.response_format.for_engine()
+        return Question(
+            chatbot=self.model,
+            messages=[_message(message) for message in self.messages],
+            max_tokens=min(limits, default=None),
+            parameters=parameters,
+            streamed=bool(self.stream),
+        )
+
+
+class AssistantAnswer(Struct, kw_only=True):
+    """The message that answers."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(Struct, kw_only=True):
+    """The one answer."""
+
+    index: int = 0
+    message: AssistantAnswer
+    finish_reason: FinishReason
+
+
+class TokenUsage(Struct):
+    """Tokens, counted by the engine's own tokenizer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, usage: Usage) -> "TokenUsage":
+        """The engine's account as the contract has it."""
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+        return cls(prompt, completion, prompt + completion)
+
+
+class ChatCompletion(Struct, kw_only=True):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: TokenUsage
+
+
+class CompletionResponse(Response[ChatCompletion]):
+    """Answers while it is sent: only then is there somebody who can go away.
+
+    Args:
+        caller: Who asks.
+        request: What.
+        services: Who answers.
+    """
+
+    def __init__(self, caller: Caller, request: ChatCompletionRequest, services: Services) -> None:
+        super().__init__(content=None)  # type: ignore[arg-type]  # there is none yet
+        self._caller = caller
+        self._request = request
+        self._question = request.question()
+        self._answering = services.answering
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> Any:
+        """Litestar's way to hand over to an ASGI application of one's own."""
+        return self._stream if self._question.streamed else self._whole
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = None
+        async with CallerWatch(receive), self._answering.answer(self._caller, self._question) as answer:
+            async for _ in answer.pieces():
+                pass
+            body = msgspec.json.encode(_completion(answer))
+        if body is None:  # the caller has gone
+            return
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = EventStream(send)
+        async with CallerWatch(receive, events.keep_alive):
+            try:
+                await self._send_pieces(events)
+            except RequestError as error:
+                if not events.started:
+                    raise
+                await events.fail(str(error))
+
+    async def _send_pieces(self, events: EventStream) -> None:
+        async with self._answering.answer(self._caller, self._question) as answer:
+            chunks = Chunks(answer.id, answer.created, self._request.model)
+            first = chunks.role()
+            async for texts in answer.pieces():
+                await events.send(first + b"".join(map(chunks.content, texts)))
+                first = b""
+            last = chunks.finish(answer.finish_reason)
+            if self._request.stream_options and self._request.stream_options.include_usage:
+                last += chunks.usage(msgspec.json.encode(TokenUsage.of(answer.usage)))
+        await events.finish(first + last)
+
+
+@post("/chat/completions", status_code=200, responses=with_errors(404, 413, 415, 502, 503, 504))
+async def create_completion(
+    data: ChatCompletionRequest, request: JSONRequest, services: Services
+) -> Response[ChatCompletion]:
+    """Ask a chatbot. With `stream`, the answer comes as server-sent events."""
+    return CompletionResponse(request.user, data, services)
+
+
+def _message(message: ChatMessage) -> Message:
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(part.text for part in content)
+    return {"role": ROLES[type(message)], "content": content or ""}
+
+
+def _completion(answer: Answer) -> ChatCompletion:
+    return ChatCompletion(
+        id=answer.id,
+        created=answer.created,
+        model=answer.question.chatbot,
+        choices=[Choice(message=AssistantAnswer(content=answer.text), finish_reason=answer.finish_reason)],
+        usage=TokenUsage.of(answer.usage),
+    )

@@ -1,0 +1,78 @@
+"""The one handler of everything that goes wrong: JSON with one sentence, and the fitting status."""
+
+from http import HTTPStatus
+
+import structlog
+from litestar import Request, Response
+from litestar.exceptions import (
+    HTTPException,
+    MethodNotAllowedException,
+    NotFoundException,
+    ValidationException,
+)
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import ExceptionHandlersMap
+from msgspec import Struct
+
+from upchatty.errors import InternalError, RequestError
+
+log = structlog.get_logger()
+
+
+class ErrorBody(Struct):
+    """What went wrong, in one sentence."""
+
+    error: str
+
+
+def with_errors(*statuses: int) -> dict[int, ResponseSpec]:
+    """The error responses of a route for the OpenAPI document, besides those that any route has."""
+    return {
+        status: ResponseSpec(ErrorBody, generate_examples=False, description=HTTPStatus(status).phrase)
+        for status in sorted({400, 401, 403, 500, *statuses})
+    }
+
+
+SENTENCES = {413: "the body is too large", 415: "Content-Type: expected application/json"}
+
+
+def error_response(
+    status: int, sentence: str, headers: dict[str, str] | None = None
+) -> Response[dict[str, str]]:
+    """The contract's error body."""
+    return Response({"error": sentence}, status_code=status, headers=headers, media_type="application/json")
+
+
+def on_request_error(_: Request, error: RequestError) -> Response[dict[str, str]]:  # type: ignore[type-arg]
+    """Errors that we raise."""
+    return error_response(error.status, str(error), error.headers)
+
+
+def on_http_exception(request: Request, error: HTTPException) -> Response[dict[str, str]]:  # type: ignore[type-arg]
+    """Errors that the framework raises."""
+    return error_response(error.status_code, _sentence(request, error), error.headers)
+
+
+def on_any_exception(request: Request, error: Exception) -> Response[dict[str, str]]:  # type: ignore[type-arg]
+    """Defects."""
+    log.error("internal error", path=request.url.path, exc_info=error)
+    return on_request_error(request, InternalError())
+
+
+def _sentence(request: Request, error: HTTPException) -> str:  # type: ignore[type-arg]
+    if isinstance(error, MethodNotAllowedException):
+        return f"{request.method} is not allowed on {request.url.path}"
+    if isinstance(error, NotFoundException):
+        return f"there is nothing at {request.url.path}"
+    if isinstance(error, ValidationException) and "data" in str(error.extra):
+        return "body: expected JSON, and there is none"
+    if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
+        return "; ".join(f"{problem.get('key')}: {problem.get('message')}" for problem in error.extra)
+    return SENTENCES.get(error.status_code) or error.detail
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    RequestError: on_request_error,
+    HTTPException: on_http_exception,
+    Exception: on_any_exception,
+}

@@ -1,0 +1,99 @@
+"""Server-sent events as the contract's section 3 has them.
+
+Everything that stays the same in a stream is encoded once: a chunk is its text between two constants.
+"""
+
+import time
+
+import msgspec
+from litestar.types import Send
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_SECONDS = 10.0
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Chunks:
+    """The chunks of one answer, encoded as events.
+
+    Args:
+        completion_id: The answer's id.
+        created: Unix seconds.
+        model: The chatbot's id as the caller sent it.
+    """
+
+    def __init__(self, completion_id: str, created: int, model: str) -> None:
+        head = {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
+        self._head = b"data: " + _encode(head)[:-1]
+        self._content = self._head + b',"choices":[{"index":0,"delta":{"content":'
+
+    def role(self) -> bytes:
+        """The first chunk."""
+        delta = b'{"role":"assistant","content":""}'
+        return self._head + b',"choices":[{"index":0,"delta":' + delta + b',"finish_reason":null}]}\n\n'
+
+    def content(self, text: str) -> bytes:
+        """A piece of the answer."""
+        return self._content + _encode(text) + b'},"finish_reason":null}]}\n\n'
+
+    def finish(self, reason: str) -> bytes:
+        """The chunk that says why the answer ended."""
+        return (
+            self._head + b',"choices":[{"index":0,"delta":{},"finish_reason":' + _encode(reason) + b"}]}\n\n"
+        )
+
+    def usage(self, usage: bytes) -> bytes:
+        """The chunk with the usage, given as JSON."""
+        return self._head + b',"choices":[],"usage":' + usage + b"}\n\n"
+
+
+class EventStream:
+    """A response of events. Its status goes out with the first of them, so that until then an error
+    can still be a plain response.
+
+    Args:
+        send: The request's ASGI channel.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._written_at = time.monotonic()
+        self.started = False
+
+    async def send(self, events: bytes) -> None:
+        """Send events at once."""
+        await self._write(events, more=True)
+
+    async def keep_alive(self) -> float:
+        """Send a comment if nothing was sent for ten seconds.
+
+        Returns:
+            The seconds until the next one may be due.
+        """
+        due = self._written_at + KEEP_ALIVE_SECONDS - time.monotonic()
+        if due > 0:
+            return due
+        await self._write(KEEP_ALIVE, more=True)
+        return KEEP_ALIVE_SECONDS
+
+    async def finish(self, events: bytes) -> None:
+        """Send the last events, and the end."""
+        await self._write(events + DONE, more=False)
+
+    async def fail(self, sentence: str) -> None:
+        """Send the error event, after which a stream just ends."""
+        await self._write(b"data: " + _encode({"error": sentence}) + b"\n\n", more=False)
+
+    async def _write(self, body: bytes, *, more: bool) -> None:
+        self._written_at = time.monotonic()
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,225 @@
+"""Builds everything and owns start and stop; the only place that does."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+import msgspec
+import uvicorn
+from filelock import FileLock, Timeout
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from upchatty.api.routes import build_api
+from upchatty.api.services import Services
+from upchatty.auth import Keys
+from upchatty.chat.account import Recorder
+from upchatty.chat.answer import Answering
+from upchatty.chat.chatbots import Chatbot, Chatbots
+from upchatty.engines.download import Progress
+from upchatty.engines.files import ModelFiles
+from upchatty.engines.pool import Pool
+from upchatty.errors import ConfigurationError, DataFolderInUse
+from upchatty.logs import configure_logs
+from upchatty.metrics import Metrics
+from upchatty.settings import Settings
+from upchatty.storage.database import Database
+
+BACKLOG = 2048
+LOCK, ADDRESS = "server.lock", "server.address"
+
+
+@dataclass(frozen=True, slots=True)
+class Administration:
+    """What an owner works on; needs the database only."""
+
+    chatbots: Chatbots
+    keys: Keys
+    database: Database
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What there is to tell when a server has started.
+
+    Args:
+        address: Its base URL.
+        chatbot: The oldest chatbot.
+        key: The first key's secret, if it was just made.
+    """
+
+    address: str
+    chatbot: Chatbot
+    key: str | None
+
+
+@asynccontextmanager
+async def open_administration(settings: Settings) -> AsyncIterator[Administration]:
+    """The chatbots and keys of a database, its schema up to date.
+
+    Raises:
+        ConfigurationError: The database cannot be opened.
+    """
+    database = Database(settings.database_url, settings.sqlite_file)
+    try:
+        await database.migrate()
+        yield Administration(Chatbots(database, settings.model_settings), Keys(database), database)
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def open_services(settings: Settings, progress: Progress | None = None) -> AsyncIterator[Services]:
+    """Everything that answering needs. The engines are not started yet, but will be stopped.
+
+    Raises:
+        StartupError: The database or a model's file is not to be had.
+    """
+    async with AsyncExitStack() as stack:
+        administration = await stack.enter_async_context(open_administration(settings))
+        pool = await Pool.open(settings, ModelFiles(settings.cache_dir), progress)
+        metrics = Metrics()
+        recorder = Recorder(administration.database, metrics)
+        stack.push_async_callback(recorder.close)
+        stack.push_async_callback(pool.stop)
+        recorder.start()
+        answering = Answering(administration.chatbots, pool, recorder, metrics)
+        yield Services(settings, metrics, administration.keys, administration.chatbots, pool, answering)
+
+
+async def run_server(settings: Settings, announce: Callable[[Running], None], progress: Progress) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        settings: The settings.
+        announce: Called once the server answers.
+        progress: Shows downloads.
+
+    Raises:
+        StartupError: It cannot start; says why.
+    """
+    configure_logs(settings)
+    with _data_folder_to_itself(settings), _listening_socket(settings) as listener:
+        async with open_services(settings, progress) as services:
+            server = _HTTPServer(_uvicorn_config(services))
+            starting = asyncio.create_task(_start(services, listener, announce))
+            starting.add_done_callback(lambda task: server.stop() if _has_failed(task) else None)
+            await server.serve([listener])
+            starting.cancel()
+            with suppress(asyncio.CancelledError):
+                await starting
+
+
+async def _start(services: Services, listener: socket.socket, announce: Callable[[Running], None]) -> None:
+    chatbot = await services.chatbots.make_first()
+    if fixed := services.settings.admin_key:
+        await services.keys.make_first(fixed)
+    await services.pool.start()
+    # A key that is made is shown this once, so it is made when nothing can go wrong any more.
+    key = None if fixed else await services.keys.make_first("")
+    address = _address(listener)
+    (services.settings.data_dir / ADDRESS).write_text(address)
+    announce(Running(address, chatbot, key))
+
+
+def _has_failed(task: "asyncio.Task[None]") -> bool:
+    return not task.cancelled() and task.exception() is not None
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def _data_folder_to_itself(settings: Settings) -> Iterator[None]:
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(settings.data_dir / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise DataFolderInUse(folder=settings.data_dir) from None
+    except OSError as error:
+        raise ConfigurationError(
+            setting="data_dir", problem=f"{settings.data_dir} cannot be used ({error.strerror})"
+        ) from None
+    with lock:
+        (settings.data_dir / ADDRESS).write_text("")
+        yield
+
+
+def running_address(settings: Settings) -> str | None:
+    """The address of the server that is working on this data folder, or None if there is none."""
+    try:
+        lock = FileLock(settings.data_dir / LOCK)
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        with suppress(OSError):
+            return (settings.data_dir / ADDRESS).read_text() or None
+    except OSError:
+        pass
+    return None
+
+
+@contextmanager
+def _listening_socket(settings: Settings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(
+            setting="host and port", problem=f"cannot listen on {settings.host}:{settings.port} ({error})"
+        ) from None
+    with closing(listener):
+        yield listener
+
+
+def _uvicorn_config(services: Services) -> uvicorn.Config:
+    return uvicorn.Config(
+        build_api(services),
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=services.settings.shutdown_seconds,
+    )
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP, with the contract's error body where a request is no HTTP at all."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = msgspec.json.encode({"error": f"this is not a valid HTTP request: {msg}"})
+        head = (
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        )
+        self.transport.write(head + body)
+        self.transport.close()
+
+
+class _HTTPServer(uvicorn.Server):
+    """uvicorn, which ends with exit code 0 on SIGTERM; a second signal ends it without waiting."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        handled = (signal.SIGINT, signal.SIGTERM)
+        original = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in original.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    def stop(self) -> None:
+        """Stop as after a signal."""
+        self.should_exit = True
