@@ -1,0 +1,190 @@
+"""`upchatty chatbots …`"""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from upchatty.api.chatbots import ChatbotView
+from upchatty.app import open_administration
+from upchatty.chat.chatbots import Chatbot
+from upchatty.cli.output import JSON, CommonSettings, moment, print_fields, print_json, print_table
+from upchatty.errors import ConfigurationError, InvalidRequest
+from upchatty.settings import Settings
+
+app = App(name="chatbots", help="Make, list and change chatbots.")
+
+Id = Annotated[str, Parameter(help="The chatbot's id, bot_…; with @3 behind it, its version 3.")]
+Instructions = Annotated[
+    str | None, Parameter(help="What the chatbot is and does; @FILE reads them from a file.")
+]
+Model = Annotated[str | None, Parameter(help="The model behind it, by its name in the settings.")]
+Temperature = Annotated[
+    float | None, Parameter(validator=Number(gte=0, lte=1), help="0.0 to 1.0: how freely it chooses words.")
+]
+MaxTokens = Annotated[int | None, Parameter(validator=Number(gte=1), help="Tokens of an answer at most.")]
+KeepText = Annotated[bool | None, Parameter(help="Whether the record of completions keeps what was said.")]
+
+
+@app.command(name="list")
+def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> None:
+    """List the chatbots."""
+
+    async def run() -> None:
+        async with open_administration(settings) as administration:
+            chatbots = await administration.chatbots.page()
+        if json:
+            print_json([ChatbotView.of(chatbot) for chatbot in chatbots])
+            return
+        print_table(
+            ["ID", "NAME", "VERSION", "MODEL", "CHANGED"],
+            [(c.id, c.name, c.version, c.model or "default", moment(c.updated_at // 1000)) for c in chatbots],
+        )
+
+    asyncio.run(run())
+
+
+@app.command
+def create(
+    name: str,
+    *,
+    instructions: Instructions = None,
+    model: Model = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    keep_text: KeepText = None,
+    json: JSON = False,
+    settings: CommonSettings = Settings(),
+) -> None:
+    """Make a chatbot, and print it.
+
+    Args:
+        name: Its name, for people.
+    """
+
+    async def run() -> None:
+        async with open_administration(settings) as administration:
+            chatbot = await administration.chatbots.create(
+                _checked_name(name),
+                instructions=_text(instructions),
+                model=model,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                keep_text=keep_text,
+            )
+        _print(chatbot, json)
+
+    asyncio.run(run())
+
+
+@app.command
+def show(chatbot: Id, *, json: JSON = False, settings: CommonSettings = Settings()) -> None:
+    """Show a chatbot."""
+
+    async def run() -> None:
+        async with open_administration(settings) as administration:
+            _print(await administration.chatbots.get(chatbot), json)
+
+    asyncio.run(run())
+
+
+@app.command
+def edit(
+    chatbot: Id,
+    *,
+    name: str | None = None,
+    instructions: Instructions = None,
+    model: Model = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    keep_text: KeepText = None,
+    publish: int | None = None,
+    json: JSON = False,
+    settings: CommonSettings = Settings(),
+) -> None:
+    """Change a chatbot, which makes and publishes its next version; or publish an earlier one.
+
+    Args:
+        name: A new name.
+        publish: The number of the version to go back to.
+    """
+    given = {
+        "name": name and _checked_name(name),
+        "instructions": _text(instructions),
+        "model": model,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "keep_text": keep_text,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+    if bool(changes) == (publish is not None):
+        raise InvalidRequest(parameter="edit", expected="expected fields to change, or --publish alone")
+
+    async def run() -> None:
+        async with open_administration(settings) as administration:
+            if publish is not None:
+                changed = await administration.chatbots.publish(chatbot, publish)
+            else:
+                changed = await administration.chatbots.change(chatbot, **changes)
+        _print(changed, json)
+
+    asyncio.run(run())
+
+
+@app.command
+def delete(
+    chatbot: Id,
+    *,
+    yes: Annotated[bool, Parameter(name=["--yes", "-y"], negative="")] = False,
+    settings: CommonSettings = Settings(),
+) -> None:
+    """Delete a chatbot with all it owns.
+
+    Args:
+        yes: Do not ask.
+    """
+    if not yes and not _confirmed(f"Delete {chatbot} with all it owns?"):
+        raise InvalidRequest(parameter="delete", expected="nothing was deleted; --yes deletes without asking")
+
+    async def run() -> None:
+        async with open_administration(settings) as administration:
+            await administration.chatbots.delete(chatbot)
+
+    asyncio.run(run())
+
+
+def _confirmed(question: str) -> bool:
+    return sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _checked_name(name: str) -> str:
+    if not 1 <= len(name) <= 200 or "\0" in name:
+        raise InvalidRequest(parameter="name", expected="expected 1 to 200 characters")
+    return name
+
+
+def _text(given: str | None) -> str | None:
+    """The text itself, or the content of the file behind an @."""
+    if given is None or not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            setting="--instructions", problem=f"cannot read {given[1:]} ({error})"
+        ) from None
+
+
+def _print(chatbot: Chatbot, json: bool) -> None:
+    view = ChatbotView.of(chatbot)
+    if json:
+        print_json(view)
+        return
+    fields: dict[str, Any] = {
+        field: getattr(view, field) for field in view.__struct_fields__ if field != "object"
+    }
+    times = {"created_at": moment(view.created_at), "updated_at": moment(view.updated_at)}
+    print_fields(fields | times | {"model": view.model or "default"})

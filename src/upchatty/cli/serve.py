@@ -1,0 +1,52 @@
+"""`upchatty serve`."""
+
+import sys
+
+import uvloop
+
+from upchatty.app import Running, run_server
+from upchatty.cli.progress import RichProgress
+from upchatty.settings import Settings
+
+BANNER = """
+UpChatty answers at {address}
+
+  chatbot  {chatbot}  ({name})
+  key      {key}
+
+Try it:
+
+  curl {address}/api/v1/chat/completions \\
+    -H "Authorization: Bearer {usable_key}" \\
+    -H "Content-Type: application/json" \\
+    -d '{{"model": "{chatbot}", "messages": [{{"role": "user", "content": "How are you?"}}]}}'
+"""
+SHOWN_ONCE = "{key}  (shown this once; keep it)"
+KNOWN = "the one from the first start, or a new one from: upchatty keys create NAME"
+FIXED = "the one in UPCHATTY_ADMIN_KEY"
+
+
+def serve(*, settings: Settings = Settings()) -> None:
+    """Start the server. It ends on SIGTERM or Ctrl-C, after the answers that are running."""
+
+    def announce(running: Running) -> None:
+        sys.stdout.write(_banner(running, settings))
+        sys.stdout.flush()
+
+    uvloop.run(run_server(settings, announce, RichProgress()))
+
+
+def _banner(running: Running, settings: Settings) -> str:
+    if running.key:
+        key, usable_key = SHOWN_ONCE.format(key=running.key), running.key
+    elif settings.admin_key:
+        key, usable_key = FIXED, "$UPCHATTY_ADMIN_KEY"
+    else:
+        key, usable_key = KNOWN, "$KEY"
+    return BANNER.format(
+        address=running.address,
+        chatbot=running.chatbot.id,
+        name=running.chatbot.name,
+        key=key,
+        usable_key=usable_key,
+    )
