@@ -104,13 +104,44 @@ async def run_server(settings: Settings, announce: Callable[[Running], None], pr
     configure_logs(settings)
     with _data_folder_to_itself(settings), _listening_socket(settings) as listener:
         async with open_services(settings, progress) as services:
+            await _serve(_SignalledServer(_uvicorn_config(services)), services, listener, announce)
+
+
+@asynccontextmanager
+async def server_in_this_process(settings: Settings) -> AsyncIterator[Running]:
+    """The server as `run_server` runs it, until the end of the block; the process keeps its own
+    signal handlers and logs.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        StartupError: It cannot start; says why.
+    """
+    with _data_folder_to_itself(settings), _listening_socket(settings) as listener:
+        async with open_services(settings) as services:
             server = _HTTPServer(_uvicorn_config(services))
-            starting = asyncio.create_task(_start(services, listener, announce))
-            starting.add_done_callback(lambda task: server.stop() if _has_failed(task) else None)
-            await server.serve([listener])
-            starting.cancel()
-            with suppress(asyncio.CancelledError):
-                await starting
+            running: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
+            serving = asyncio.create_task(_serve(server, services, listener, running.set_result))
+            try:
+                await asyncio.wait((serving, running), return_when=asyncio.FIRST_COMPLETED)
+                if not running.done():
+                    await serving  # raises what went wrong
+                yield await running
+            finally:
+                server.stop()
+                await serving
+
+
+async def _serve(
+    server: "_HTTPServer", services: Services, listener: socket.socket, announce: Callable[[Running], None]
+) -> None:
+    starting = asyncio.create_task(_start(services, listener, announce))
+    starting.add_done_callback(lambda task: server.stop() if _has_failed(task) else None)
+    await server.serve([listener])
+    starting.cancel()
+    with suppress(asyncio.CancelledError):
+        await starting
 
 
 async def _start(services: Services, listener: socket.socket, announce: Callable[[Running], None]) -> None:
@@ -121,7 +152,8 @@ async def _start(services: Services, listener: socket.socket, announce: Callable
     # A key that is made is shown this once, so it is made when nothing can go wrong any more.
     key = None if fixed else await services.keys.make_first("")
     address = _address(listener)
-    (services.settings.data_dir / ADDRESS).write_text(address)
+    with _usable_data_folder(services.settings):
+        (services.settings.data_dir / ADDRESS).write_text(address)
     announce(Running(address, chatbot, key))
 
 
@@ -136,18 +168,25 @@ def _address(listener: socket.socket) -> str:
 
 @contextmanager
 def _data_folder_to_itself(settings: Settings) -> Iterator[None]:
-    try:
+    with _usable_data_folder(settings):
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(settings.data_dir / LOCK).acquire(timeout=0)
+    with lock:
+        with _usable_data_folder(settings):
+            (settings.data_dir / ADDRESS).write_text("")
+        yield
+
+
+@contextmanager
+def _usable_data_folder(settings: Settings) -> Iterator[None]:
+    try:
+        yield
     except Timeout:
         raise DataFolderInUse(folder=settings.data_dir) from None
     except OSError as error:
         raise ConfigurationError(
             setting="data_dir", problem=f"{settings.data_dir} cannot be used ({error.strerror})"
         ) from None
-    with lock:
-        (settings.data_dir / ADDRESS).write_text("")
-        yield
 
 
 def running_address(settings: Settings) -> str | None:
@@ -204,7 +243,19 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _HTTPServer(uvicorn.Server):
-    """uvicorn, which ends with exit code 0 on SIGTERM; a second signal ends it without waiting."""
+    """uvicorn, which leaves the process's signals alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Stop accepting, and end with the answers that are running."""
+        self.should_exit = True
+
+
+class _SignalledServer(_HTTPServer):
+    """The same, ended by SIGTERM or SIGINT with exit code 0; a second signal ends it without waiting."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -218,8 +269,4 @@ class _HTTPServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
-        self.should_exit = True
-
-    def stop(self) -> None:
-        """Stop as after a signal."""
-        self.should_exit = True
+        self.stop()

@@ -106,8 +106,10 @@ class Recorder:
         batch = [self._records.popleft() for _ in range(min(BATCH_SIZE, len(self._records)))]
         try:
             await self._store(batch)
-        except StorageUnavailable as error:
+        except (StorageUnavailable, asyncio.CancelledError) as error:
             self._records.extendleft(reversed(batch))
+            if isinstance(error, asyncio.CancelledError):
+                raise
             log.error("records cannot be written", waiting=len(self._records), problem=_cause(error))
             return False
         return True

@@ -14,7 +14,7 @@ from upchatty.chat.chatbots import Chatbot, Chatbots
 from upchatty.chat.prompt import build_prompt
 from upchatty.engines.client import Completion, Message, Prompt, Usage
 from upchatty.engines.pool import Model, Pool
-from upchatty.errors import Forbidden, RequestError
+from upchatty.errors import Forbidden
 from upchatty.metrics import Metrics
 
 FinishReason = Literal["stop", "length", "content_filter"]
@@ -47,22 +47,21 @@ class Answer:
     Args:
         chatbot: Which chatbot answers.
         question: What was asked.
-        texts: The pieces of text, as many at a time as the engine sent together.
-        completion: The engine's account of it, true at every moment.
+        asked_at: When, on the monotonic clock.
     """
 
-    def __init__(
-        self, chatbot: Chatbot, question: Question, texts: AsyncGenerator[list[str]], completion: Completion
-    ) -> None:
+    def __init__(self, chatbot: Chatbot, question: Question, asked_at: float) -> None:
         self.id = f"chatcmpl-{uuid7().hex}"
         self.created_ms = time.time_ns() // 1_000_000
         self.chatbot = chatbot
         self.question = question
-        self.asked_at = time.monotonic()
-        self.first_token_at: float | None = None
+        self.asked_at = asked_at
         self.queue_seconds = 0.0
-        self._texts = texts
-        self._completion = completion
+        self.first_token_at: float | None = None
+        self.completion = Completion()
+        """The engine's account, true at every moment."""
+        self.texts: AsyncGenerator[list[str]] | None = None
+        """The pieces of text, as many at a time as the engine sent together; None until there is a slot."""
         self._kept: list[str] = []
 
     @property
@@ -73,12 +72,12 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """The tokens so far."""
-        return self._completion.usage
+        return self.completion.usage
 
     @property
     def finish_reason(self) -> FinishReason:
         """Why the answer ended; what OpenAI has no name for counts as a stop."""
-        return FINISH_REASONS.get(self._completion.finish_reason or "", "stop")
+        return FINISH_REASONS.get(self.completion.finish_reason or "", "stop")
 
     @property
     def text(self) -> str:
@@ -91,7 +90,8 @@ class Answer:
         Raises:
             RequestError: The engine failed.
         """
-        async for texts in self._texts:
+        assert self.texts is not None
+        async for texts in self.texts:
             if texts:
                 if self.first_token_at is None:
                     self.first_token_at = time.monotonic()
@@ -129,26 +129,24 @@ class Answering:
             PromptTooLong: The newest message does not fit into the context.
             Unavailable: The engine is being started, or busy.
         """
-        started = time.monotonic()
+        asked_at = time.monotonic()
         chatbot = await self._chatbots.get(question.chatbot)
         if not caller.may_call(chatbot.id):
             raise Forbidden(problem="this key does not open that chatbot")
         model = self._pool.model(chatbot.model)
         prompt = await self._prompt(chatbot, question, model)
-        async with model.slot() as slot:
-            completion = Completion()
-            async with aclosing(slot.client.stream(prompt, completion)) as texts:
-                answer = Answer(chatbot, question, texts, completion)
-                answer.asked_at, answer.queue_seconds = started, slot.queue_seconds
-                ended = CANCELLED
-                try:
+        answer, ended = Answer(chatbot, question, asked_at), CANCELLED
+        try:
+            async with model.slot() as slot:
+                answer.queue_seconds = slot.queue_seconds
+                async with aclosing(slot.client.stream(prompt, answer.completion)) as answer.texts:
                     yield answer
-                    ended = answer.finish_reason
-                except RequestError:
-                    ended = FAILED
-                    raise
-                finally:
-                    self._account(caller, model, answer, ended)
+            ended = answer.finish_reason
+        except Exception:
+            ended = FAILED
+            raise
+        finally:
+            self._account(caller, model, answer, ended)
 
     async def _prompt(self, chatbot: Chatbot, question: Question, model: Model) -> Prompt:
         max_tokens = min(chatbot.max_tokens, question.max_tokens or chatbot.max_tokens)

@@ -14,6 +14,8 @@ from upchatty.storage import chatbots as storage
 from upchatty.storage.database import Database
 
 CACHE_SECONDS = 0.5  # a change made on another server is seen here within a second
+LONGEST_REFERENCE = 64  # of what a sentence quotes
+CHATBOT_ID = re.compile(r"bot_[0-9a-f]{32}")
 REFERENCE = re.compile(r"(bot_[0-9a-f]{32})(?:@([1-9][0-9]{0,8}))?", re.ASCII)
 
 DEFAULT_INSTRUCTIONS = "You are a helpful assistant. Answer briefly and truthfully."
@@ -77,7 +79,7 @@ class Chatbots:
             self._database, match[1], int(match[2]) if match[2] else None
         )
         if not row:
-            raise NotFound(kind="chatbot", name=reference)
+            raise NotFound(kind="chatbot", name=reference[:LONGEST_REFERENCE])
         chatbot = self._cache[reference] = _chatbot(row)
         return chatbot
 
@@ -94,7 +96,7 @@ class Chatbots:
         Raises:
             NotFound: There is no such chatbot.
         """
-        await self.get(chatbot_id)
+        await self.get(_checked_id(chatbot_id))
         rows = await storage.list_versions(self._database, chatbot_id, after=after, limit=limit)
         return [_chatbot(row) for row in rows]
 
@@ -122,13 +124,17 @@ class Chatbots:
 
         Args:
             chatbot_id: Which chatbot.
-            given: The fields to change; None means the default again.
+            given: The fields to change; None means the default again. Without any there is no new version.
 
         Raises:
             NotFound: There is no such chatbot.
             InvalidRequest: There is no such model.
         """
-        if not await storage.add_version(self._database, chatbot_id, self._checked(given), _now()):
+        if not given:
+            return await self._reread(_checked_id(chatbot_id))
+        if not await storage.add_version(
+            self._database, _checked_id(chatbot_id), self._checked(given), _now()
+        ):
             raise NotFound(kind="chatbot", name=chatbot_id)
         return await self._reread(chatbot_id)
 
@@ -138,7 +144,7 @@ class Chatbots:
         Raises:
             NotFound: There is no such chatbot or version.
         """
-        if not await storage.publish_version(self._database, chatbot_id, version):
+        if not await storage.publish_version(self._database, _checked_id(chatbot_id), version):
             raise NotFound(kind="chatbot", name=f"{chatbot_id}@{version}")
         return await self._reread(chatbot_id)
 
@@ -148,7 +154,7 @@ class Chatbots:
         Raises:
             NotFound: There is no such chatbot.
         """
-        if not await storage.delete_chatbot(self._database, chatbot_id):
+        if not await storage.delete_chatbot(self._database, _checked_id(chatbot_id)):
             raise NotFound(kind="chatbot", name=chatbot_id)
         self._cache.clear()
 
@@ -167,6 +173,13 @@ class Chatbots:
                 parameter="model", expected=f"expected one of the server's models ({', '.join(self._models)})"
             )
         return {field: DEFAULTS[field] if value is None else value for field, value in given.items()}
+
+
+def _checked_id(chatbot_id: str) -> str:
+    """The same id, once it is sure that it is one: PostgreSQL takes no NUL."""
+    if not CHATBOT_ID.fullmatch(chatbot_id):
+        raise NotFound(kind="chatbot", name=chatbot_id[:LONGEST_REFERENCE])
+    return chatbot_id
 
 
 def _chatbot(row: RowMapping) -> Chatbot:

@@ -20,6 +20,7 @@ from upchatty.errors import (
     EngineTimeout,
     InvalidRequest,
     PromptTooLong,
+    QueueFull,
 )
 
 CONNECT_SECONDS = 5.0
@@ -90,19 +91,19 @@ class _Progress(msgspec.Struct):
     cache: int = 0
 
 
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    timings: _Timings | None = None
-    prompt_progress: _Progress | None = None
-    error: msgspec.Raw | None = None
-
-
 class _ErrorBody(msgspec.Struct):
     message: str = ""
     type: str = ""
     n_prompt_tokens: int | None = None
     n_ctx: int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    timings: _Timings | None = None
+    prompt_progress: _Progress | None = None
+    error: _ErrorBody | str | None = None
 
 
 class _ErrorAnswer(msgspec.Struct):
@@ -181,14 +182,10 @@ class EngineClient:
                 raise _refusal(response.status, await response.read(), self._model, prompt)
             events = EventReader()
             async for packet in response.content.iter_any():
-                texts: list[str] = []
-                for data in events.feed(packet):
-                    if data == b"[DONE]":
-                        continue
-                    text = _take(data, completion)
-                    if text:
-                        texts.append(text)
+                texts, failure = _take_all(events.feed(packet), completion)
                 yield texts
+                if failure:
+                    raise failure
         if completion.finish_reason is None:
             raise EngineFailed(problem="it broke off in the middle of the answer")
 
@@ -255,15 +252,35 @@ class EngineClient:
             ) from None
         except aiohttp.ClientError as error:
             raise EngineFailed(problem="it closed the connection") from error
+        except RuntimeError as error:
+            if not self._session.closed:
+                raise
+            raise EngineFailed(problem="it has just ended") from error
         except (msgspec.DecodeError, ValueError) as error:
             raise EngineFailed(problem="it sent something that is no completion") from error
+
+
+def _take_all(events: list[bytes], completion: Completion) -> tuple[list[str], Exception | None]:
+    """Read events into the completion; return their texts, and what went wrong after those."""
+    texts: list[str] = []
+    for data in events:
+        if data == b"[DONE]":
+            continue
+        try:
+            text = _take(data, completion)
+        except (EngineFailed, msgspec.DecodeError) as error:
+            return texts, error
+        if text:
+            texts.append(text)
+    return texts, None
 
 
 def _take(data: bytes, completion: Completion) -> str | None:
     """Read one event into the completion, and return its text."""
     chunk = _read_chunk(data)
     if chunk.error is not None:
-        raise EngineFailed(problem=_error_body(data).message or "it sent an error")
+        told = chunk.error if isinstance(chunk.error, str) else chunk.error.message
+        raise EngineFailed(problem=told or "it sent an error")
     usage = completion.usage
     if chunk.timings is not None:
         usage.cached_tokens = chunk.timings.cache_n
@@ -282,7 +299,10 @@ def _take(data: bytes, completion: Completion) -> str | None:
     choice = chunk.choices[0]
     if choice.finish_reason:
         completion.finish_reason = choice.finish_reason
-    return choice.delta.content if choice.delta else None
+    text = choice.delta.content if choice.delta else None
+    if text and chunk.timings is None and chunk.usage is None:
+        usage.completion_tokens += 1  # most engines count at the end only, and send an event for each token
+    return text
 
 
 def _error_body(data: bytes) -> _ErrorBody:
@@ -304,4 +324,6 @@ def _refusal(status: int, data: bytes, model: str, prompt: Prompt) -> Exception:
         return InvalidRequest(parameter="response_format", expected=error.message or "the engine refused it")
     if status == 503:
         return EngineNotReady(model=model, problem="it is loading")
+    if status == 429:
+        return QueueFull(model=model, problem="its server has too many requests")
     return EngineFailed(problem=error.message or f"it answered with status {status}")

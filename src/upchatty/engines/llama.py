@@ -17,12 +17,15 @@ from pathlib import Path
 import structlog
 
 from upchatty.engines.client import EngineClient
-from upchatty.errors import EngineNotReady, ModelFileError
+from upchatty.errors import EngineNotReady, ModelFileError, UpChattyError
 from upchatty.settings import ModelSettings
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds between a crash and the next start
 STABLE_SECONDS = 60.0  # a child that has lived so long starts the back-off anew
 STOP_SECONDS = 5.0
+# How long a computing thread spins for the others before it sleeps. OpenMP's own default, milliseconds,
+# brings an engine that has to share its cores to a halt; this is enough where it has them to itself.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 
 log = structlog.get_logger()
 
@@ -85,6 +88,7 @@ class LlamaServer:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "upchatty.engines.llama_child",
             stdin=PIPE, stdout=PIPE, stderr=PIPE,
+            env=ENVIRONMENT | os.environ,
             start_new_session=True,  # Ctrl-C reaches the server alone, which lets answers finish first
         )  # fmt: skip
         stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
@@ -97,7 +101,12 @@ class LlamaServer:
             await listener
             raise ModelFileError(path=self._path, problem=self._complaint())
         client = EngineClient(address + "/v1", self._name, token, self._settings.timeout_seconds, llama=True)
-        self.context = await client.context_length()
+        try:
+            self.context = await client.context_length()
+        except BaseException:
+            await client.close()
+            self._process.kill()  # a child that loads but does not answer
+            raise
         self._client = client
         log.info("engine ready", model=self._name, pid=self._process.pid)
 
@@ -130,7 +139,7 @@ class LlamaServer:
             self.restarts += 1
             try:
                 await self._spawn()
-            except (ModelFileError, OSError) as error:
+            except (UpChattyError, OSError) as error:
                 log.error("engine does not start", model=self._name, problem=str(error))
 
     async def _forget_client(self) -> None:
@@ -139,11 +148,14 @@ class LlamaServer:
             await client.close()
 
     async def _end_process(self) -> None:
+        loaded = self._client is not None
         await self._forget_client()
         if self._process is None or self._process.returncode is not None:
             return
         assert self._process.stdin
-        self._process.stdin.close()  # the child ends when its pipe does
+        self._process.stdin.close()  # the child ends when its pipe does, but does not notice while it loads
+        if not loaded:
+            self._process.kill()
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         except TimeoutError:
@@ -152,7 +164,7 @@ class LlamaServer:
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
         """Keep the last lines that the child says, for the sentence when it dies."""
-        while line := await stderr.readline():
+        while line := await _line(stderr):
             said = line.decode(errors="replace").strip()
             self._complaints.append(said)
             log.debug("engine says", model=self._name, line=said)
@@ -163,3 +175,11 @@ class LlamaServer:
         for told in [*filter(None, errors), *reversed(self._complaints)]:
             return told
         return "llama.cpp ended without a word"
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    """The next line, empty at the end; one that is too long to be of use is cut."""
+    try:
+        return await stream.readline()
+    except ValueError:
+        return b"...\n"

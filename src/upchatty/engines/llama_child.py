@@ -16,7 +16,7 @@ from typing import Any
 import xllamacpp
 
 LINUX_PR_SET_PDEATHSIG = 1  # prctl(2)
-NGRAM_MATCH, NGRAM_DRAFT_MIN, NGRAM_DRAFT_MAX = 6, 2, 12
+NGRAM_MATCH, NGRAM_DRAFT = 4, 8  # tokens; on a CPU, longer drafts cost more than they bring
 BATCH_TOKENS = 256
 PROMPT_CACHE_MIB = 512
 QUIET = 1  # errors only
@@ -31,6 +31,9 @@ def main() -> None:
     except RuntimeError:
         os._exit(1)  # llama.cpp has said why on standard error
     print(server.listening_address, flush=True)
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # nobody reads on, and a full pipe would block
     threading.Event().wait()
 
 
@@ -72,10 +75,9 @@ def _llama_parameters(parameters: dict[str, Any]) -> Any:
     llama.ui = False
     llama.verbosity = QUIET
     if parameters["speculation"] == "ngram":
-        llama.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_MOD]
-        llama.speculative.ngram_mod.n_match = NGRAM_MATCH
-        llama.speculative.ngram_mod.n_min = NGRAM_DRAFT_MIN
-        llama.speculative.ngram_mod.n_max = NGRAM_DRAFT_MAX
+        llama.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        llama.speculative.ngram_simple.size_n = NGRAM_MATCH
+        llama.speculative.ngram_simple.size_m = NGRAM_DRAFT
     return llama
 
 

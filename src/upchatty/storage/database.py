@@ -18,6 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from upchatty.errors import ConfigurationError, StorageUnavailable
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+# No connection, a failed login, no such database, a read-only one, no resources, shutting down or starting:
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+UNAVAILABLE = ("08", "28", "3D", "25006", "53", "57P")
 MIGRATION_LOCK = 0x75706368  # any number will do, as long as every server takes the same one
 
 
@@ -52,7 +55,7 @@ class Database:
         except (OperationalError, InterfaceError, PoolTimeout, OSError) as error:
             raise StorageUnavailable from error
         except DBAPIError as error:
-            if error.connection_invalidated:
+            if error.connection_invalidated or _sqlstate(error).startswith(UNAVAILABLE):
                 raise StorageUnavailable from error
             raise
 
@@ -72,6 +75,7 @@ class Database:
                 await self._take_snapshot(self._sqlite_file, revision)
             async with self._engine.begin() as connection:
                 await connection.run_sync(_upgrade)
+            await self._engine.dispose()  # the next connections check foreign keys again
         except (DBAPIError, OSError) as error:
             reason = error.orig if isinstance(error, DBAPIError) else error
             raise ConfigurationError(
@@ -108,7 +112,7 @@ def _driver_url(url: str, sqlite_file: Path | None) -> URL:
         return URL.create("sqlite+aiosqlite", database=str(sqlite_file))
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ConfigurationError(setting="database_url", problem="this is not a URL") from None
     if parsed.drivername.partition("+")[0] not in ("postgresql", "postgres"):
         raise ConfigurationError(
@@ -118,6 +122,11 @@ def _driver_url(url: str, sqlite_file: Path | None) -> URL:
     if sslmode := parsed.query.get("sslmode"):  # libpq's name; the driver's is ssl
         parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": sslmode})
     return parsed
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    """PostgreSQL's code of an error, empty where it has none."""
+    return getattr(error.orig, "sqlstate", None) or ""
 
 
 def _pool_options(url: str) -> dict[str, Any]:
@@ -150,4 +159,9 @@ def _newest_revision() -> str | None:
 def _upgrade(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":  # several servers may start at once
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+    else:
+        # A table that Alembic makes anew must not take the rows that refer to it along, and Python's
+        # driver by itself begins no transaction before DDL, so half a migration would stay.
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
     command.upgrade(_config(connection), "head")
