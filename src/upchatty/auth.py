@@ -5,6 +5,7 @@ SHA-256 is kept: a fast hash is enough for 256 random bits, and a slow one would
 """
 
 import hmac
+import re
 import secrets
 import time
 from hashlib import sha256
@@ -20,6 +21,7 @@ from upchatty.storage.chatbots import list_chatbots
 from upchatty.storage.database import Database
 
 KEY_PREFIX = "upchatty_"
+KEY_ID = re.compile(r"key_[0-9a-f]{32}")
 ENVIRONMENT_KEY_NAME = "UPCHATTY_ADMIN_KEY"
 CACHE_SECONDS = 0.5  # a key that is revoked elsewhere is refused here within a second
 
@@ -123,8 +125,9 @@ class Keys:
         Raises:
             NotFound: There is no such key, or it is revoked already.
         """
-        if not await storage.revoke_key(self._database, key_id, _now()):
-            raise NotFound(kind="key", name=key_id)
+        known = KEY_ID.fullmatch(key_id) and await storage.revoke_key(self._database, key_id, _now())
+        if not known:
+            raise NotFound(kind="key", name=key_id[:64])
         self._callers.clear()
 
     async def make_first(self, fixed: str) -> str | None:

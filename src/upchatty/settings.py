@@ -184,17 +184,23 @@ class Settings:
     @cached_property
     def model_settings(self) -> dict[str, ModelSettings]:
         """The models by name, checked; the built-in default is among them unless it is replaced."""
-        try:
-            models = msgspec.convert(self.models, dict[str, ModelSettings], strict=False)
-        except msgspec.ValidationError as error:
-            raise ConfigurationError(
-                setting="models", problem=str(error).replace("$[...]", "a table")
-            ) from None
-        for name, model in models.items():
-            model.check(name)
-        return {DEFAULT_MODEL: SMOLLM2} | models
+        return {DEFAULT_MODEL: SMOLLM2} | {
+            name: _model_settings(name, table) for name, table in self.models.items()
+        }
 
     @property
     def sqlite_file(self) -> Path | None:
         """The SQLite file, or None where another database is configured."""
         return None if self.database_url else self.data_dir / "upchatty.db"
+
+
+def _model_settings(name: str, table: dict[str, Any]) -> ModelSettings:
+    try:
+        model = msgspec.convert(table, ModelSettings, strict=False)
+    except msgspec.ValidationError as error:
+        problem = str(error).partition(" - at")[0]
+        field = str(error).partition("`$.")[2].rstrip("`")
+        setting = f"models.{name}.{field}" if field else f"models.{name}"
+        raise ConfigurationError(setting=setting, problem=problem) from None
+    model.check(name)
+    return model

@@ -1,24 +1,27 @@
 """Reading JSON bodies strictly, with errors that name the parameter.
 
 Refused besides what the types refuse: duplicate keys (two readers would read two things), NaN and
-infinities, lone surrogates, NUL characters, which neither engines nor PostgreSQL can hold.
+infinities, also as 1e999, lone surrogates, NUL characters, which neither engines nor PostgreSQL can hold.
 """
 
 import json
+import math
 import re
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
 from litestar.datastructures import State
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from msgspec import inspect
 from msgspec.inspect import type_info
 
 from upchatty.auth import Caller
-from upchatty.errors import InvalidRequest, UnsupportedMediaType
+from upchatty.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Body = TypeVar("Body")
 
+QUOTED = 80  # characters of a caller's text in an error
 WORDS = {
     "str": "a string",
     "int": "an integer",
@@ -27,6 +30,7 @@ WORDS = {
     "array": "an array",
     "object": "an object",
     "null": "null",
+    "datetime": "a date and time by RFC 3339",
 }
 
 
@@ -43,11 +47,23 @@ class JSONRequest(Request[Caller, None, State]):
         media_type = self.headers.get("content-type", "nothing")
         if media_type.partition(";")[0].strip().lower() != "application/json":
             raise UnsupportedMediaType(got=media_type)
-        if encoding := self.headers.get("content-encoding"):
+        encoding = self.headers.get("content-encoding", "")
+        if encoding.lower() not in ("", "identity"):
             raise UnsupportedMediaType(got=f"application/json in {encoding}")
         field = self.route_handler.parsed_data_field
         assert field is not None  # only handlers that take data ask for it
         return decode(await self.body(), field.annotation)
+
+    async def body(self) -> bytes:
+        """The body as it came.
+
+        Raises:
+            BodyTooLarge: It is longer than the settings allow.
+        """
+        try:
+            return await super().body()
+        except RequestEntityTooLarge:
+            raise BodyTooLarge(limit=self.route_handler.resolve_request_max_body_size()) from None
 
 
 def decode(body: bytes, body_type: type[Body]) -> Body:
@@ -62,7 +78,7 @@ def decode(body: bytes, body_type: type[Body]) -> Body:
     """
     try:
         value = msgspec.json.decode(body, type=body_type)
-        json.loads(body, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+        _read_strictly(body.decode())
     except msgspec.ValidationError as error:
         raise _explained(str(error), body_type) from None
     except UnicodeDecodeError:
@@ -76,15 +92,46 @@ def decode(body: bytes, body_type: type[Body]) -> Body:
     return value
 
 
+def in_words(problem: str) -> str:
+    """msgspec's description of a problem, with JSON's names of types instead of Python's."""
+    words = re.sub(r"`([^`]+)`", lambda match: _types_in_words(match[1]), problem)
+    return words[:1].lower() + words[1:]
+
+
+def shortened(text: str) -> str:
+    """A caller's text, short enough to be quoted in a sentence."""
+    return text if len(text) <= QUOTED else text[:QUOTED] + "…"
+
+
+def _read_strictly(text: str) -> None:
+    """Refuse what msgspec passes over, most of all inside of what it ignores."""
+    json.loads(
+        text,
+        object_pairs_hook=_refuse_duplicates,
+        parse_constant=_refuse_constant,
+        parse_float=_refuse_infinity,
+        parse_int=len,  # nobody needs its value, and Python refuses to read very long ones
+    )
+
+
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(parameter=twice, expected="expected once, but it stands there twice")
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            parameter = name if name.isidentifier() else repr(name)
+            raise InvalidRequest(
+                parameter=shortened(parameter), expected="expected once, but it stands there twice"
+            )
+        seen.add(name)
 
 
 def _refuse_constant(constant: str) -> None:
     raise InvalidRequest(parameter="body", expected=f"{constant} is no JSON")
+
+
+def _refuse_infinity(number: str) -> None:
+    if math.isinf(float(number)):
+        raise InvalidRequest(parameter="body", expected=f"the number {shortened(number)} is out of range")
 
 
 def _refuse_nul(value: object, path: str) -> None:
@@ -109,15 +156,18 @@ def _explained(message: str, body_type: type) -> InvalidRequest:
     if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", problem):
         name = f"{parameter}.{unknown[1]}" if parameter else unknown[1]
         return InvalidRequest(parameter=name, expected="there is no such parameter")
-    if problem.startswith(("Invalid enum value", "Invalid value")):
+    if wrong := re.fullmatch(r"Invalid (?:enum )?value (.+)", problem, re.DOTALL):
         names = re.sub(r"\[\d+\]", "", parameter).split(".")
-        choices = ", ".join(map(repr, _choices(type_info(body_type), names)))
-        return InvalidRequest(parameter=parameter, expected=f"expected one of {choices}")
-    words = re.sub(r"`([^`]+)`", lambda match: _in_words(match[1]), problem)
-    return InvalidRequest(parameter=parameter or "body", expected=words[:1].lower() + words[1:])
+        choices = " or ".join(map(repr, dict.fromkeys(_choices(type_info(body_type), names))))
+        return InvalidRequest(parameter=parameter, expected=f"expected {choices}, got {shortened(wrong[1])}")
+    if problem.endswith("of length <= 0"):
+        return InvalidRequest(parameter=parameter, expected="expected none, this is not available")
+    if problem == "Number out of range":
+        return InvalidRequest(parameter=parameter or "body", expected="expected a number of at most 64 bits")
+    return InvalidRequest(parameter=parameter or "body", expected=in_words(problem))
 
 
-def _in_words(types: str) -> str:
+def _types_in_words(types: str) -> str:
     return " or ".join(
         WORDS.get(name, name) for name in types.split(" | ") if name != "null" or types == name
     )

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from upchatty.api.body import JSONRequest
 from upchatty.api.caller import CallerWatch
 from upchatty.api.errors import with_errors
+from upchatty.api.openapi import StreamedOperation
 from upchatty.api.services import Services
 from upchatty.api.stream import Chunks, EventStream
 from upchatty.auth import Caller
@@ -22,16 +23,18 @@ from upchatty.errors import InvalidRequest, RequestError
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
-TokenLimit = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenLimit = Annotated[int, Meta(ge=1)]  # no upper limit: what is too large is cut
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Text = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\x00]*$"})]
+StopText = Annotated[str, Meta(min_length=1)]  # an empty one would end every answer before it begins
 Empty = Meta(max_length=0)
 PASSED_ON = ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
 
 
-class TextPart(Struct, tag_field="type", tag="text"):
+class TextPart(Struct):
     """A part of a message."""
 
+    type: Literal["text"]
     text: Text
 
 
@@ -115,7 +118,7 @@ class ChatCompletionRequest(Struct, kw_only=True):
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
     top_p: Fraction | None = None
-    stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=4)] | None = None
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -252,7 +255,12 @@ class CompletionResponse(Response[ChatCompletion]):
         await events.finish(first + last)
 
 
-@post("/chat/completions", status_code=200, responses=with_errors(404, 413, 415, 502, 503, 504))
+@post(
+    "/chat/completions",
+    status_code=200,
+    operation_class=StreamedOperation,
+    responses=with_errors(404, 413, 415, 502, 504),
+)
 async def create_completion(
     data: ChatCompletionRequest, request: JSONRequest, services: Services
 ) -> Response[ChatCompletion]:

@@ -14,22 +14,28 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap
 from msgspec import Struct
 
+from upchatty.api.body import in_words
 from upchatty.errors import InternalError, RequestError
 
 log = structlog.get_logger()
 
 
-class ErrorBody(Struct):
+class ErrorBody(Struct, forbid_unknown_fields=True):
     """What went wrong, in one sentence."""
 
     error: str
 
 
 def with_errors(*statuses: int) -> dict[int, ResponseSpec]:
-    """The error responses of a route for the OpenAPI document, besides those that any route has."""
+    """The error responses of a route for the OpenAPI document, besides those of any that needs a key."""
+    return open_errors(400, 401, 403, *statuses)
+
+
+def open_errors(*statuses: int) -> dict[int, ResponseSpec]:
+    """The error responses of a route that needs no key, besides those that any has."""
     return {
         status: ResponseSpec(ErrorBody, generate_examples=False, description=HTTPStatus(status).phrase)
-        for status in sorted({400, 401, 403, 500, *statuses})
+        for status in sorted({500, 503, *statuses})
     }
 
 
@@ -67,7 +73,9 @@ def _sentence(request: Request, error: HTTPException) -> str:  # type: ignore[ty
     if isinstance(error, ValidationException) and "data" in str(error.extra):
         return "body: expected JSON, and there is none"
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
-        return "; ".join(f"{problem.get('key')}: {problem.get('message')}" for problem in error.extra)
+        return "; ".join(
+            f"{problem.get('key')}: {in_words(problem.get('message', ''))}" for problem in error.extra
+        )
     return SENTENCES.get(error.status_code) or error.detail
 
 

@@ -14,6 +14,7 @@ from upchatty.auth import Key, Scope
 
 UnixSeconds = Annotated[int, Meta(ge=0, le=253_402_300_799)]  # until the year 9999
 Moment = Annotated[datetime, Meta(tz=True)]
+NamedChatbot = Annotated[str, Meta(max_length=64, extra_json_schema=NO_NUL)]
 
 
 class NewKey(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -21,7 +22,7 @@ class NewKey(Struct, forbid_unknown_fields=True, kw_only=True):
 
     name: Name
     scope: Scope
-    chatbots: list[Annotated[str, Meta(extra_json_schema=NO_NUL)]] | None = None
+    chatbots: Annotated[list[NamedChatbot], Meta(max_length=1000)] | None = None
     """The chatbots that a `chat` key opens; none: all."""
     expires_at: UnixSeconds | Moment | None = None
     """Unix seconds, or RFC 3339 with a time zone."""

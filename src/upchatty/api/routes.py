@@ -1,19 +1,18 @@
 """Every route on one page, and the application that they make."""
 
-from litestar import Litestar, Router
+from collections.abc import Sequence
+
+from litestar import Litestar, Router, route
 from litestar.connection import ASGIConnection
 from litestar.di import Provide
-from litestar.handlers import BaseRouteHandler
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from upchatty import __version__
-from upchatty.api import chatbots, completions, keys, operations
+from upchatty.api import chatbots, completions, keys, openapi, operations
 from upchatty.api.access_log import AccessLog
 from upchatty.api.body import JSONRequest
 from upchatty.api.errors import EXCEPTION_HANDLERS
+from upchatty.api.head import HeadAsGet
 from upchatty.api.services import Services
 from upchatty.auth import OPEN_PATHS
 
@@ -40,10 +39,11 @@ def build_api(services: Services) -> ASGIApp:
     Args:
         services: What its routes work with.
     """
+    structs = openapi.Structs()
     litestar = Litestar(
         [
-            Router(BASE_PATH, route_handlers=FOR_ANY_KEY),
-            Router(BASE_PATH, route_handlers=FOR_ADMIN_KEYS, guards=[_admins_only]),
+            Router(BASE_PATH, route_handlers=_with_options(FOR_ANY_KEY)),
+            Router(BASE_PATH, route_handlers=_with_options(FOR_ADMIN_KEYS), guards=[_admins_only]),
             *FOR_EVERYBODY,
         ],
         dependencies={"services": Provide(lambda: services, sync_to_thread=False)},
@@ -51,10 +51,35 @@ def build_api(services: Services) -> ASGIApp:
         request_class=JSONRequest,
         request_max_body_size=services.settings.max_body_bytes,
         exception_handlers=EXCEPTION_HANDLERS,
-        openapi_config=_openapi(),
+        openapi_config=openapi.configuration(structs),
+        plugins=[structs],
         logging_config=None,
     )
-    return AccessLog(litestar, services.metrics)
+    return AccessLog(HeadAsGet(litestar), services.metrics)
+
+
+def _with_options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    """Handlers, and before them answers to OPTIONS: Litestar's own name only one method of a path."""
+    methods: dict[str, set[str]] = {}
+    for handler in handlers:
+        for path in handler.paths:
+            methods.setdefault(path, {"OPTIONS"}).update(handler.http_methods)
+    answers = [_options(path, ", ".join(sorted(allowed))) for path, allowed in methods.items()]
+    return [*answers, *handlers]
+
+
+def _options(path: str, allowed: str) -> HTTPRouteHandler:
+    @route(
+        path,
+        http_method="OPTIONS",
+        status_code=204,
+        response_headers={"Allow": allowed},
+        include_in_schema=False,
+    )
+    async def options() -> None:
+        """Which methods a path has."""
+
+    return options
 
 
 def _authentication(services: Services):  # type: ignore[no-untyped-def]
@@ -75,16 +100,3 @@ def _authentication(services: Services):  # type: ignore[no-untyped-def]
 
 def _admins_only(connection: ASGIConnection, _: BaseRouteHandler) -> None:  # type: ignore[type-arg]
     connection.user.require_admin()
-
-
-def _openapi() -> OpenAPIConfig:
-    return OpenAPIConfig(
-        title="UpChatty",
-        version=__version__,
-        path="/schema",
-        render_plugins=[JsonRenderPlugin(path="/openapi.json")],
-        components=Components(
-            security_schemes={"key": SecurityScheme(type="http", scheme="bearer", description="An API key")}
-        ),
-        security=[{"key": []}],
-    )

@@ -7,16 +7,16 @@ from upchatty.api.services import Services
 from upchatty.app import open_services
 from upchatty.auth import Caller
 from upchatty.chat.answer import Question
+from upchatty.cli.administration import configure_quiet_logs
 from upchatty.cli.output import CommonSettings
 from upchatty.cli.progress import RichProgress
 from upchatty.errors import RequestError
-from upchatty.logs import configure_logs
 from upchatty.settings import Settings
 
 TERMINAL = Caller("terminal", "admin", frozenset())
 
 
-def chat(chatbot: str, *, settings: CommonSettings = Settings()) -> None:
+def chat(chatbot: str, /, *, settings: CommonSettings = Settings()) -> None:
     """Talk with a chatbot, with history; an empty line or Ctrl-D ends it.
 
     Lines that come through a pipe are questions too, and only the answers are printed. No server needs
@@ -29,10 +29,12 @@ def chat(chatbot: str, *, settings: CommonSettings = Settings()) -> None:
 
 
 async def _converse(chatbot: str, settings: Settings) -> None:
-    configure_logs(settings)
+    configure_quiet_logs(settings)
     async with open_services(settings, RichProgress()) as services:
         who = await services.chatbots.get(chatbot)
         await services.pool.model(who.model).start()
+        if sys.stdin.isatty():
+            print(f"This is {who.name}. An empty line or Ctrl-D ends the conversation.", file=sys.stderr)
         messages: list[dict[str, str]] = []
         while line := await asyncio.to_thread(_read_line):
             messages.append({"role": "user", "content": line})

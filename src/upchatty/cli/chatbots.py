@@ -9,8 +9,8 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from upchatty.api.chatbots import ChatbotView
-from upchatty.app import open_administration
 from upchatty.chat.chatbots import Chatbot
+from upchatty.cli.administration import administration, checked_name
 from upchatty.cli.output import JSON, CommonSettings, moment, print_fields, print_json, print_table
 from upchatty.errors import ConfigurationError, InvalidRequest
 from upchatty.settings import Settings
@@ -34,10 +34,13 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
     """List the chatbots."""
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            chatbots = await administration.chatbots.page()
+        async with administration(settings) as opened:
+            chatbots = await opened.chatbots.page()
         if json:
             print_json([ChatbotView.of(chatbot) for chatbot in chatbots])
+            return
+        if not chatbots:
+            print("There is no chatbot yet; make one with: upchatty chatbots create NAME")
             return
         print_table(
             ["ID", "NAME", "VERSION", "MODEL", "CHANGED"],
@@ -50,6 +53,7 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
 @app.command
 def create(
     name: str,
+    /,
     *,
     instructions: Instructions = None,
     model: Model = None,
@@ -66,9 +70,9 @@ def create(
     """
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            chatbot = await administration.chatbots.create(
-                _checked_name(name),
+        async with administration(settings) as opened:
+            chatbot = await opened.chatbots.create(
+                checked_name(name),
                 instructions=_text(instructions),
                 model=model,
                 temperature=temperature,
@@ -81,12 +85,12 @@ def create(
 
 
 @app.command
-def show(chatbot: Id, *, json: JSON = False, settings: CommonSettings = Settings()) -> None:
+def show(chatbot: Id, /, *, json: JSON = False, settings: CommonSettings = Settings()) -> None:
     """Show a chatbot."""
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            _print(await administration.chatbots.get(chatbot), json)
+        async with administration(settings) as opened:
+            _print(await opened.chatbots.get(chatbot), json)
 
     asyncio.run(run())
 
@@ -94,6 +98,7 @@ def show(chatbot: Id, *, json: JSON = False, settings: CommonSettings = Settings
 @app.command
 def edit(
     chatbot: Id,
+    /,
     *,
     name: str | None = None,
     instructions: Instructions = None,
@@ -112,7 +117,7 @@ def edit(
         publish: The number of the version to go back to.
     """
     given = {
-        "name": name and _checked_name(name),
+        "name": name and checked_name(name),
         "instructions": _text(instructions),
         "model": model,
         "temperature": temperature,
@@ -121,14 +126,16 @@ def edit(
     }
     changes = {field: value for field, value in given.items() if value is not None}
     if bool(changes) == (publish is not None):
-        raise InvalidRequest(parameter="edit", expected="expected fields to change, or --publish alone")
+        raise InvalidRequest(
+            parameter="edit", expected="say what to change, such as --name NAME; or --publish VERSION alone"
+        )
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
+        async with administration(settings) as opened:
             if publish is not None:
-                changed = await administration.chatbots.publish(chatbot, publish)
+                changed = await opened.chatbots.publish(chatbot, publish)
             else:
-                changed = await administration.chatbots.change(chatbot, **changes)
+                changed = await opened.chatbots.change(chatbot, **changes)
         _print(changed, json)
 
     asyncio.run(run())
@@ -137,6 +144,7 @@ def edit(
 @app.command
 def delete(
     chatbot: Id,
+    /,
     *,
     yes: Annotated[bool, Parameter(name=["--yes", "-y"], negative="")] = False,
     settings: CommonSettings = Settings(),
@@ -150,8 +158,8 @@ def delete(
         raise InvalidRequest(parameter="delete", expected="nothing was deleted; --yes deletes without asking")
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            await administration.chatbots.delete(chatbot)
+        async with administration(settings) as opened:
+            await opened.chatbots.delete(chatbot)
 
     asyncio.run(run())
 
@@ -160,22 +168,17 @@ def _confirmed(question: str) -> bool:
     return sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _checked_name(name: str) -> str:
-    if not 1 <= len(name) <= 200 or "\0" in name:
-        raise InvalidRequest(parameter="name", expected="expected 1 to 200 characters")
-    return name
-
-
 def _text(given: str | None) -> str | None:
     """The text itself, or the content of the file behind an @."""
     if given is None or not given.startswith("@"):
         return given
     try:
         return Path(given[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            setting="--instructions", problem=f"cannot read {given[1:]} ({error})"
-        ) from None
+    except OSError as error:
+        problem = error.strerror
+    except UnicodeDecodeError:
+        problem = "it is not UTF-8"
+    raise ConfigurationError(setting="--instructions", problem=f"cannot read {given[1:]} ({problem})")
 
 
 def _print(chatbot: Chatbot, json: bool) -> None:

@@ -6,10 +6,11 @@ from datetime import datetime
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 from upchatty.api.keys import CreatedKey, KeyView, key_fields
-from upchatty.app import open_administration
 from upchatty.auth import Scope
+from upchatty.cli.administration import administration, checked_name
 from upchatty.cli.output import JSON, CommonSettings, moment, print_json, print_table
 from upchatty.errors import InvalidRequest
 from upchatty.settings import Settings
@@ -17,16 +18,18 @@ from upchatty.settings import Settings
 app = App(name="keys", help="Make, list and revoke API keys.")
 
 DAY_MS = 24 * 60 * 60 * 1000
+MOST_DAYS = 36_500  # a hundred years
 
 
 @app.command
 def create(
     name: str,
+    /,
     *,
     scope: Scope = "admin",
-    chatbot: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    chatbot: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     expires: datetime | None = None,
-    days: float | None = None,
+    days: Annotated[float | None, Parameter(validator=Number(gt=0, lte=MOST_DAYS))] = None,
     json: JSON = False,
     settings: CommonSettings = Settings(),
 ) -> None:
@@ -36,18 +39,14 @@ def create(
         name: Its name, for people.
         scope: admin: everything. chat: only to call chatbots.
         chatbot: A chatbot that a chat key opens; may be repeated; none: all.
-        expires: When it ends, such as 2030-12-31T12:00.
+        expires: When it ends, such as 2030-12-31T12:00, in this machine's time zone; absent: never.
         days: In how many days it ends.
     """
-    if expires is not None and days is not None:
-        raise InvalidRequest(parameter="--expires", expected="expected without --days")
-    expires_at = int(expires.timestamp() * 1000) if expires else None
-    if days is not None:
-        expires_at = int(time.time() * 1000 + days * DAY_MS)
+    expires_at = _end(expires, days)
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            key, secret = await administration.keys.create(name, scope, chatbot, expires_at)
+        async with administration(settings) as opened:
+            key, secret = await opened.keys.create(checked_name(name), scope, chatbot, expires_at)
         if json:
             print_json(CreatedKey(key=secret, **key_fields(key)))  # type: ignore[arg-type]
         else:
@@ -61,8 +60,8 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
     """List the keys that are not revoked, without their secrets."""
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            keys = [KeyView(**key_fields(key)) for key in await administration.keys.page()]  # type: ignore[arg-type]
+        async with administration(settings) as opened:
+            keys = [KeyView(**key_fields(key)) for key in await opened.keys.page()]  # type: ignore[arg-type]
         if json:
             print_json(keys)
             return
@@ -85,7 +84,7 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
 
 
 @app.command
-def revoke(key: str, *, settings: CommonSettings = Settings()) -> None:
+def revoke(key: str, /, *, settings: CommonSettings = Settings()) -> None:
     """Revoke a key. Running servers refuse it within a second.
 
     Args:
@@ -93,7 +92,21 @@ def revoke(key: str, *, settings: CommonSettings = Settings()) -> None:
     """
 
     async def run() -> None:
-        async with open_administration(settings) as administration:
-            await administration.keys.revoke(key)
+        async with administration(settings) as opened:
+            await opened.keys.revoke(key)
 
     asyncio.run(run())
+
+
+def _end(expires: datetime | None, days: float | None) -> int | None:
+    """When a key ends, unix milliseconds."""
+    now = time.time() * 1000
+    if days is not None:
+        if expires is not None:
+            raise InvalidRequest(parameter="--expires", expected="expected without --days")
+        return int(now + days * DAY_MS)
+    if expires is None:
+        return None
+    if expires.timestamp() * 1000 <= now:
+        raise InvalidRequest(parameter="--expires", expected=f"expected a time to come, got {expires}")
+    return int(expires.timestamp() * 1000)

@@ -12,7 +12,9 @@ from rich.table import Column, Table
 
 from upchatty.settings import Settings
 
-JSON = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of a table.")]
+JSON = Annotated[
+    bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON, for programs.")
+]
 CommonSettings = Annotated[Settings, Parameter(name="*", group=Group("Settings", sort_key=9))]
 
 # On a terminal long cells are folded to its width; for a pipe nothing is cut.
@@ -29,7 +31,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     table = Table(*(Column(name, overflow="fold") for name in columns), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    _console.print(table)
+    with _console.capture() as lines:
+        _console.print(table)
+    for line in lines.get().splitlines():
+        print(line.rstrip())
 
 
 def print_fields(fields: Mapping[str, object]) -> None:

@@ -1,5 +1,6 @@
 """`upchatty serve`."""
 
+import shlex
 import sys
 
 import uvloop
@@ -22,7 +23,7 @@ Try it:
     -d '{{"model": "{chatbot}", "messages": [{{"role": "user", "content": "How are you?"}}]}}'
 """
 SHOWN_ONCE = "{key}  (shown this once; keep it)"
-KNOWN = "the one from the first start, or a new one from: upchatty keys create NAME"
+KNOWN = "$KEY: the one from the first start, or a new one from: {command}"
 FIXED = "the one in UPCHATTY_ADMIN_KEY"
 
 
@@ -42,7 +43,7 @@ def _banner(running: Running, settings: Settings) -> str:
     elif settings.admin_key:
         key, usable_key = FIXED, "$UPCHATTY_ADMIN_KEY"
     else:
-        key, usable_key = KNOWN, "$KEY"
+        key, usable_key = KNOWN.format(command=_keys_create(settings)), "$KEY"
     return BANNER.format(
         address=running.address,
         chatbot=running.chatbot.id,
@@ -50,3 +51,10 @@ def _banner(running: Running, settings: Settings) -> str:
         key=key,
         usable_key=usable_key,
     )
+
+
+def _keys_create(settings: Settings) -> str:
+    """The command that makes a key in this server's database, from whatever folder it is called."""
+    if settings.sqlite_file is None:
+        return "upchatty keys create NAME (with this server's settings)"
+    return f"upchatty keys create NAME --data-dir {shlex.quote(str(settings.data_dir.absolute()))}"

@@ -6,7 +6,8 @@ import sys
 import aiohttp
 
 from upchatty import __version__
-from upchatty.app import open_administration, running_address
+from upchatty.app import running_address
+from upchatty.cli.administration import administration
 from upchatty.cli.output import JSON, CommonSettings, print_fields, print_json
 from upchatty.settings import Settings
 
@@ -23,31 +24,32 @@ def status(*, json: JSON = False, settings: CommonSettings = Settings()) -> None
     if json:
         print_json(facts)
     else:
-        print_fields(facts)
+        print_fields(facts | {"models": ", ".join(settings.model_settings)})
     if facts["server"] != "ready":
         sys.exit(NOT_READY)
 
 
 async def _facts(settings: Settings) -> dict[str, object]:
-    address = running_address(settings)
+    # To look is not to make: neither the folder nor, below, a database.
+    address = running_address(settings) if settings.data_dir.is_dir() else None
     chatbots, keys = await _counts(settings)
     return {
         "version": __version__,
         "server": await _state(address),
         "address": address,
         "data": str(settings.data_dir.absolute()),
-        "database": "PostgreSQL" if settings.database_url else str(settings.sqlite_file),
+        "database": str(settings.sqlite_file.absolute()) if settings.sqlite_file else "PostgreSQL",
         "chatbots": chatbots,
         "keys": keys,
-        "models": ", ".join(settings.model_settings),
+        "models": list(settings.model_settings),
     }
 
 
 async def _counts(settings: Settings) -> tuple[int, int]:
     if settings.sqlite_file and not settings.sqlite_file.exists():
-        return 0, 0  # to look is not to make one
-    async with open_administration(settings) as administration:
-        return len(await administration.chatbots.page()), len(await administration.keys.page())
+        return 0, 0
+    async with administration(settings) as opened:
+        return len(await opened.chatbots.page()), len(await opened.keys.page())
 
 
 async def _state(address: str | None) -> str:

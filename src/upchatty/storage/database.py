@@ -65,9 +65,9 @@ class Database:
         Raises:
             ConfigurationError: The database cannot be opened, or a newer UpChatty wrote it.
         """
-        if self._sqlite_file:
-            self._sqlite_file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if self._sqlite_file:
+                self._sqlite_file.parent.mkdir(parents=True, exist_ok=True)
             revision = await self._revision()
             if revision == _newest_revision():
                 return
