@@ -11,7 +11,7 @@ import time
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
-from cachetools import TTLCache
+from async_lru import alru_cache
 from sqlalchemy import RowMapping
 from uuid_utils import uuid7
 
@@ -74,7 +74,7 @@ class Keys:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._callers: TTLCache[str, tuple[Caller, int | None]] = TTLCache(10_000, CACHE_SECONDS)
+        self._known = alru_cache(maxsize=10_000, ttl=CACHE_SECONDS)(self._look_up)
 
     async def identify(self, authorization: str) -> Caller:
         """The caller behind an `Authorization` header.
@@ -82,12 +82,7 @@ class Keys:
         Raises:
             Unauthenticated: There is no valid key in it.
         """
-        key_hash = _hash(_bearer_token(authorization))
-        known = self._callers.get(key_hash)
-        if known is None:
-            known = await self._look_up(key_hash)
-            self._callers[key_hash] = known
-        caller, expires_at = known
+        caller, expires_at = await self._known(_hash(_bearer_token(authorization)))
         if expires_at is not None and expires_at <= _now():
             raise Unauthenticated(problem="this key has expired")
         return caller
@@ -128,7 +123,7 @@ class Keys:
         known = KEY_ID.fullmatch(key_id) and await storage.revoke_key(self._database, key_id, _now())
         if not known:
             raise NotFound(kind="key", name=key_id[:64])
-        self._callers.clear()
+        self._known.cache_clear()
 
     async def make_first(self, fixed: str) -> str | None:
         """Make sure that there is an admin key.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from cachetools import TTLCache
+from async_lru import alru_cache
 from sqlalchemy import RowMapping
 from uuid_utils import uuid7
 
@@ -64,7 +64,7 @@ class Chatbots:
     def __init__(self, database: Database, models: Collection[str]) -> None:
         self._database = database
         self._models = models
-        self._cache: TTLCache[str, Chatbot] = TTLCache(10_000, CACHE_SECONDS)
+        self._known = alru_cache(maxsize=10_000, ttl=CACHE_SECONDS)(self._look_up)
 
     async def get(self, reference: str) -> Chatbot:
         """A chatbot by its id, `bot_…`: the published version; or by `bot_…@3`: that one.
@@ -72,16 +72,16 @@ class Chatbots:
         Raises:
             NotFound: There is no such chatbot or version.
         """
-        if chatbot := self._cache.get(reference):
-            return chatbot
+        return await self._known(reference)
+
+    async def _look_up(self, reference: str) -> Chatbot:
         match = REFERENCE.fullmatch(reference)
         row = match and await storage.get_chatbot(
             self._database, match[1], int(match[2]) if match[2] else None
         )
         if not row:
             raise NotFound(kind="chatbot", name=reference[:LONGEST_REFERENCE])
-        chatbot = self._cache[reference] = _chatbot(row)
-        return chatbot
+        return _chatbot(row)
 
     async def page(
         self, *, after: str = "", limit: int | None = None, only: frozenset[str] | None = None
@@ -156,7 +156,7 @@ class Chatbots:
         """
         if not await storage.delete_chatbot(self._database, _checked_id(chatbot_id)):
             raise NotFound(kind="chatbot", name=chatbot_id)
-        self._cache.clear()
+        self._known.cache_clear()
 
     async def make_first(self) -> Chatbot:
         """The oldest chatbot; one is made where there is none."""
@@ -164,7 +164,7 @@ class Chatbots:
         return first[0] if first else await self.create("My first chatbot")
 
     async def _reread(self, chatbot_id: str) -> Chatbot:
-        self._cache.clear()
+        self._known.cache_clear()
         return await self.get(chatbot_id)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
