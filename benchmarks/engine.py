@@ -78,7 +78,10 @@ async def throughput(target: Target, streams: int, tokens: int) -> float:
     """Tokens a second with this many streams at once."""
     started = time.perf_counter()
     answers = await asyncio.gather(
-        *(target.ask(f"Tell me a long story about dragon number {n}.", max_tokens=tokens) for n in range(streams))
+        *(
+            target.ask(f"Tell me a long story about dragon number {n}.", max_tokens=tokens)
+            for n in range(streams)
+        )
     )
     return sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
 
@@ -99,7 +102,7 @@ async def in_turn(
 
 async def compare_with_direct_calls(rounds: int) -> None:
     """Throughput and time to first token, through the API and directly; memory at rest."""
-    async with _server() as (session, address):
+    async with RunningServer() as (session, address):
         resting = psutil.Process(address.pid).memory_info().rss / 2**20
         ours = Target(session, address.api, KEY, address.chatbot)
         direct = Target(session, address.engine, address.engine_key, "default", INSTRUCTIONS)
@@ -115,13 +118,18 @@ async def compare_with_direct_calls(rounds: int) -> None:
             return (await target.ask("How are you?", max_tokens=2)).first * 1000
 
         mine, theirs = await in_turn(20 * rounds, lambda: first(ours), lambda: first(direct))
-        print(f"\nTime to first token, one stream, median: {mine:.1f} ms through the API, {theirs:.1f} ms directly,")
-        print(f"so {mine - theirs:.1f} ms added. The API's process at rest: {resting:.0f} MiB resident.\n", flush=True)
+        print(
+            f"\nTime to first token, one stream, median: {mine:.1f} ms through the API, {theirs:.1f} ms directly,"
+        )
+        print(
+            f"so {mine - theirs:.1f} ms added. The API's process at rest: {resting:.0f} MiB resident.\n",
+            flush=True,
+        )
 
 
 async def second_question(rounds: int) -> None:
     """Time to first token of the first and the second question to a chatbot with long instructions."""
-    async with _server() as (session, address):
+    async with RunningServer() as (session, address):
         ratios = []
         for number in range(rounds):
             chatbot = await _make_chatbot(session, address, f"Handbook {number}\n" + handbook(number))
@@ -137,7 +145,10 @@ async def second_question(rounds: int) -> None:
 async def speculation(rounds: int) -> None:
     """Answers that copy from the instructions, with and without speculation."""
     results: dict[str, list[list[Timing]]] = {}
-    async with _server(speculation="ngram") as (session, fast), _server(speculation="off") as (_, slow):
+    async with (
+        RunningServer(speculation="ngram") as (session, fast),
+        RunningServer(speculation="off") as (_, slow),
+    ):
         servers = {"ngram": fast, "off": slow}
         for _round in range(rounds):
             for instructions, question in COPY_QUESTIONS:
@@ -150,16 +161,21 @@ async def speculation(rounds: int) -> None:
     ratios = []
     for number in range(len(COPY_QUESTIONS)):
         with_, without = (
-            [answers[0] for answers in results[mode][number :: len(COPY_QUESTIONS)]] for mode in ("ngram", "off")
+            [answers[0] for answers in results[mode][number :: len(COPY_QUESTIONS)]]
+            for mode in ("ngram", "off")
         )
-        rates = [statistics.median(t.tokens / (t.total - t.first) for t in timings) for timings in (with_, without)]
+        rates = [
+            statistics.median(t.tokens / (t.total - t.first) for t in timings) for timings in (with_, without)
+        ]
         same = all(a.text == b.text for a, b in zip(with_, without, strict=True))
         ratios.append(rates[0] / rates[1])
-        print(f"| {number + 1} | {with_[0].tokens} | {rates[0]:.1f} | {rates[1]:.1f} | {ratios[-1]:.2f} | {same} |")
+        print(
+            f"| {number + 1} | {with_[0].tokens} | {rates[0]:.1f} | {rates[1]:.1f} | {ratios[-1]:.2f} | {same} |"
+        )
     print(f"\nMedian ratio: {statistics.median(ratios):.2f}\n", flush=True)
 
 
-class _server:  # noqa: N801 - reads as a function
+class RunningServer:
     """A server under test with an HTTP session."""
 
     def __init__(self, **model: Any) -> None:

@@ -38,7 +38,9 @@ def handbook(number: int) -> str:
         number: Which one.
     """
     policies = "\n\n".join(f"{title}\n{_line(text)}" for title, text in POLICIES.items())
-    intro = f"You are support assistant number {number} of ACME. Answer from the policies below, quoting them."
+    intro = (
+        f"You are support assistant number {number} of ACME. Answer from the policies below, quoting them."
+    )
     return "\n\n".join([intro, policies, "The same policies in our former wording, for reference:", policies])
 
 

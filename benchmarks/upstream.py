@@ -22,8 +22,9 @@ WHOLE = (
     b'"message":{"role":"assistant","content":"I am well, thank you. How can I help you today?"},'
     b'"finish_reason":"stop"}],' + USAGE % (12, 32) + b"}"
 )
-WHOLE_RESPONSE = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(WHOLE), WHOLE)
+WHOLE_RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+    len(WHOLE),
+    WHOLE,
 )
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ROLE = CHUNK % (b'{"role":"assistant","content":""}', b"null")
@@ -48,7 +49,9 @@ class Upstream(asyncio.Protocol):
     def __init__(self, delay: float, chunks: int, pause: float) -> None:
         self._delay, self._chunks, self._pause = delay, chunks, pause
         self._buffer = b""
-        usage = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"mock",'
+        usage = (
+            b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"mock",'
+        )
         usage += b'"choices":[],' + USAGE % (chunks, 20 + chunks) + b"}\n\n"
         self._end = _chunked(FINISH + usage + DONE) + b"0\r\n\r\n"
         self._at_once = STREAM_HEAD + _chunked(ROLE) + _chunked(WORD) * chunks + self._end

@@ -13,6 +13,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from upchatty.api.access_log import new_request_id
 from upchatty.api.routes import build_api
 from upchatty.api.services import Services
 from upchatty.auth import Keys
@@ -233,10 +234,10 @@ class _Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, with the contract's error body where a request is no HTTP at all."""
 
     def send_400_response(self, msg: str) -> None:
-        body = msgspec.json.encode({"error": f"this is not a valid HTTP request: {msg}"})
+        body = msgspec.json.encode({"error": "this is not a valid HTTP request"})
         head = (
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-request-id: %s\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % (new_request_id(), len(body))
         )
         self.transport.write(head + body)
         self.transport.close()

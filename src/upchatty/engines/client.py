@@ -24,6 +24,7 @@ from upchatty.errors import (
 )
 
 CONNECT_SECONDS = 5.0
+LLAMA_RANDOM_SEED = 0xFFFFFFFF  # llama.cpp has 32 bits for a seed, and this one means none
 Answer = TypeVar("Answer")
 Message = dict[str, str]
 """`{"role": …, "content": …}`"""
@@ -228,6 +229,8 @@ class EngineClient:
         }
         if self._llama:
             body |= {"timings_per_token": True, "return_progress": True}
+            if "seed" in body:
+                body["seed"] %= LLAMA_RANDOM_SEED
         return _encode(body)
 
     def _post(self, path: str, body: bytes) -> Any:
