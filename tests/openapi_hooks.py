@@ -28,7 +28,6 @@ def map_case(context: HookContext, case: Case) -> Case:
     """Name what exists."""
     if isinstance(case.body, dict) and case.meta and case.meta.generation.mode is GenerationMode.POSITIVE:
         _name_what_exists(case.body)
-        case.body = _with_plain_integers(case.body)
     return case
 
 
@@ -37,21 +36,7 @@ def _name_what_exists(body: dict[str, Any]) -> None:
         body["model"] = CHATBOT
         if (body.get("response_format") or {}).get("type") == "json_schema":
             body["response_format"]["json_schema"] = {"schema": {"type": "boolean"}}
-    elif body.get("model") is not None:
-        body["model"] = "default"
     if body.get("chatbots"):
-        body["chatbots"] = [CHATBOT] if body["scope"] == "chat" else []
+        body["chatbots"] = [CHATBOT]
     if "published_version" in body:
-        body.clear()
         body["published_version"] = 1
-
-
-def _with_plain_integers(value: Any) -> Any:
-    """To a schema 1.0 is an integer; the API asks for 1."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_with_plain_integers(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _with_plain_integers(item) for name, item in value.items()}
-    return value

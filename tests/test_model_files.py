@@ -15,7 +15,7 @@ import pytest
 import stamina
 from rich.console import Console
 
-from hub import Hub, running
+from tests.hub import Hub, running
 from upchatty.cli.progress import RichProgress
 from upchatty.engines.download import download
 from upchatty.engines.files import ModelFiles

@@ -102,7 +102,8 @@ class Keys:
             The key and its secret, which nobody can see again.
 
         Raises:
-            InvalidRequest: A chatbot named does not exist, or an admin key names one.
+            NotFound: A chatbot named does not exist.
+            InvalidRequest: An admin key names a chatbot.
         """
         await self._check_chatbots(scope, chatbots)
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
@@ -166,7 +167,7 @@ class Keys:
         found = {row["id"] for row in await list_chatbots(self._database, only=frozenset(chatbots))}
         for chatbot_id in chatbots:
             if chatbot_id not in found:
-                raise InvalidRequest(parameter="chatbots", expected=f"there is no chatbot {chatbot_id!r}")
+                raise NotFound(kind="chatbot", name=chatbot_id)
 
 
 def _bearer_token(authorization: str) -> str:

@@ -80,7 +80,9 @@ def decode(body: bytes, body_type: type[Body]) -> Body:
         value = msgspec.json.decode(body, type=body_type)
         _read_strictly(body.decode())
     except msgspec.ValidationError as error:
-        raise _explained(str(error), body_type) from None
+        if "got `float`" not in str(error):
+            raise _explained(str(error), body_type) from None
+        value = _with_plain_integers(body, body_type)
     except UnicodeDecodeError:
         raise InvalidRequest(parameter="body", expected="expected UTF-8") from None
     except RecursionError:
@@ -90,6 +92,18 @@ def decode(body: bytes, body_type: type[Body]) -> Body:
     if b"\\u0000" in body:
         _refuse_nul(msgspec.to_builtins(value), "")
     return value
+
+
+def _with_plain_integers(body: bytes, body_type: type[Body]) -> Body:
+    """The same, for a text that has 1.0 somewhere, which to a JSON schema is an integer."""
+    _read_strictly(body.decode())
+    value = json.loads(
+        body, parse_float=lambda number: int(float(number)) if float(number) % 1 == 0 else float(number)
+    )
+    try:
+        return msgspec.convert(value, body_type)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), body_type) from None
 
 
 def in_words(problem: str) -> str:

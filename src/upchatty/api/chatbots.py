@@ -12,7 +12,7 @@ from upchatty.api.errors import with_errors
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
 from upchatty.chat.chatbots import Chatbot
-from upchatty.errors import Forbidden, InvalidRequest
+from upchatty.errors import Forbidden
 
 NO_NUL = {"pattern": "^[^\\x00]*$"}
 Name = Annotated[str, Meta(min_length=1, max_length=200, extra_json_schema=NO_NUL)]
@@ -37,7 +37,8 @@ class NewChatbot(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class ChatbotChange(Struct, forbid_unknown_fields=True, kw_only=True):
-    """What to change; null takes the default again. `published_version` alone goes back to a version."""
+    """What to change; null takes the default again. `published_version` goes back to a version, before
+    the other changes are made."""
 
     name: Name | UnsetType = UNSET
     instructions: Instructions | None | UnsetType = UNSET
@@ -137,12 +138,9 @@ async def list_versions(
 async def change_chatbot(chatbot_id: ChatbotId, data: ChatbotChange, services: Services) -> ChatbotView:
     """Change a chatbot, which makes and publishes its next version; or publish an earlier one."""
     changes = _given(data)
-    version = changes.pop("published_version", None)
-    if version is None:
-        return ChatbotView.of(await services.chatbots.change(chatbot_id, **changes))
-    if changes:
-        raise InvalidRequest(parameter="published_version", expected="expected alone, without other changes")
-    return ChatbotView.of(await services.chatbots.publish(chatbot_id, version))
+    if version := changes.pop("published_version", None):
+        await services.chatbots.publish(chatbot_id, version)
+    return ChatbotView.of(await services.chatbots.change(chatbot_id, **changes))
 
 
 @delete("/chatbots/{chatbot_id:str}", responses=with_errors(404))

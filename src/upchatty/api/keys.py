@@ -17,13 +17,10 @@ Moment = Annotated[datetime, Meta(tz=True)]
 NamedChatbot = Annotated[str, Meta(max_length=64, extra_json_schema=NO_NUL)]
 
 
-class NewKey(Struct, forbid_unknown_fields=True, kw_only=True):
+class NewKey(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="scope"):
     """A key to make."""
 
     name: Name
-    scope: Scope
-    chatbots: Annotated[list[NamedChatbot], Meta(max_length=1000)] | None = None
-    """The chatbots that a `chat` key opens; none: all."""
     expires_at: UnixSeconds | Moment | None = None
     """Unix seconds, or RFC 3339 with a time zone."""
     limits: None = None
@@ -35,6 +32,19 @@ class NewKey(Struct, forbid_unknown_fields=True, kw_only=True):
         if isinstance(self.expires_at, datetime):
             return int(self.expires_at.timestamp() * 1000)
         return None if self.expires_at is None else self.expires_at * 1000
+
+
+class NewAdminKey(NewKey, tag="admin"):
+    """A key that may do everything."""
+
+    chatbots: Annotated[list[NamedChatbot], Meta(max_length=0)] | None = None
+
+
+class NewChatKey(NewKey, tag="chat"):
+    """A key that may only chat."""
+
+    chatbots: Annotated[list[NamedChatbot], Meta(max_length=1000)] | None = None
+    """The chatbots that it opens; none: all."""
 
 
 class KeyView(Struct, kw_only=True):
@@ -62,12 +72,11 @@ def key_fields(key: Key) -> dict[str, object]:
     return key._asdict() | {"chatbots": list(key.chatbots)} | times
 
 
-@post("/keys", responses=with_errors(413, 415))
-async def create_key(data: NewKey, services: Services) -> CreatedKey:
+@post("/keys", responses=with_errors(404, 413, 415))
+async def create_key(data: NewAdminKey | NewChatKey, services: Services) -> CreatedKey:
     """Make a key. Its secret is in this answer and nowhere else."""
-    key, secret = await services.keys.create(
-        data.name, data.scope, tuple(data.chatbots or ()), data.expires_at_ms
-    )
+    scope: Scope = "admin" if isinstance(data, NewAdminKey) else "chat"
+    key, secret = await services.keys.create(data.name, scope, tuple(data.chatbots or ()), data.expires_at_ms)
     return CreatedKey(key=secret, **key_fields(key))  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ Litestar's own schemas lose a bound of 0, patterns, and every bound inside a uni
 exactly what it accepts, so that tests and generated clients can rely on the document.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, get_origin
 
@@ -91,17 +91,21 @@ class Document(JsonRenderPlugin):
 
     Args:
         structs: What knows the structs in it.
+        models: The names of the server's models, the only ones that a chatbot may name.
     """
 
-    def __init__(self, structs: Structs) -> None:
+    def __init__(self, structs: Structs, models: Collection[str]) -> None:
         super().__init__(path="/openapi.json", media_type="application/json")  # type: ignore[arg-type]
         self._structs = structs
+        self._models = models
         self._document = b""
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         """The document, made when it is first asked for."""
         if not self._document:
             _, schemas = msgspec.json.schema_components(self._structs.found, ref_template=REFERENCE)
+            for name in ("NewChatbot", "ChatbotChange"):
+                schemas[name]["properties"]["model"] = {"enum": [*self._models, None]}
             openapi_schema["components"]["schemas"] = dict(sorted(schemas.items()))
             for operation in _operations(openapi_schema):
                 _split_description(operation)
@@ -109,11 +113,12 @@ class Document(JsonRenderPlugin):
         return self._document
 
 
-def configuration(structs: Structs) -> OpenAPIConfig:
+def configuration(structs: Structs, models: Collection[str]) -> OpenAPIConfig:
     """What Litestar has to know.
 
     Args:
         structs: The plugin that the application has, too.
+        models: The names of the server's models.
     """
     return OpenAPIConfig(
         title="UpChatty",
@@ -122,7 +127,7 @@ def configuration(structs: Structs) -> OpenAPIConfig:
         openapi_router=Router(
             "/schema", route_handlers=[], include_in_schema=False, after_request=_without_pages
         ),
-        render_plugins=[Document(structs)],
+        render_plugins=[Document(structs, models)],
         use_handler_docstrings=True,
         operation_id_creator=_operation_id,
         components=Components(

@@ -6,7 +6,7 @@ from litestar import Litestar, Router, route
 from litestar.connection import ASGIConnection
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp, Middleware, Receive, Scope, Send
 
 from upchatty.api import chatbots, completions, keys, openapi, operations
 from upchatty.api.access_log import AccessLog
@@ -51,7 +51,7 @@ def build_api(services: Services) -> ASGIApp:
         request_class=JSONRequest,
         request_max_body_size=services.settings.max_body_bytes,
         exception_handlers=EXCEPTION_HANDLERS,
-        openapi_config=openapi.configuration(structs),
+        openapi_config=openapi.configuration(structs, services.settings.model_settings),
         plugins=[structs],
         logging_config=None,
     )
@@ -82,7 +82,7 @@ def _options(path: str, allowed: str) -> HTTPRouteHandler:
     return options
 
 
-def _authentication(services: Services):  # type: ignore[no-untyped-def]
+def _authentication(services: Services) -> Middleware:
     """Middleware that finds out who is calling; only the open paths need no key."""
 
     def middleware(app: ASGIApp) -> ASGIApp:

@@ -1,5 +1,6 @@
 """From a chatbot and a conversation to a prompt that fits the model's context."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from upchatty.engines.client import Message
@@ -57,7 +58,9 @@ async def build_prompt(
     return from_turn(first)
 
 
-async def _first_turn_that_fits(from_turn, newest: int, room: int, counter: TokenCounter) -> int:  # type: ignore[no-untyped-def]
+async def _first_turn_that_fits(
+    from_turn: Callable[[int], list[Message]], newest: int, room: int, counter: TokenCounter
+) -> int:
     """The oldest turn from which on everything fits into `room` tokens; the newest if none does."""
     low, high = 0, newest
     while low < high:
