@@ -48,18 +48,18 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _instructions(title: str) -> str:
-    return f"You are the support assistant of ACME. Answer from this text, quoting it.\n\n{_line(POLICIES[title])}"
-
+QUOTING = "You are the support assistant of ACME. Answer from this text, quoting it.\n\n"
+WORD_FOR_WORD = "You are a support assistant. When somebody asks for the policy, quote it word for word:\n\n"
 
 COPY_QUESTIONS = [
-    (_instructions(title), question)
-    for title, question in [
-        ("Returns", "Please repeat the text of the policy exactly as it is written."),
-        ("Warranty", "Please repeat the text of the policy exactly as it is written."),
-        ("Opening hours", "Please repeat the text of the policy exactly as it is written."),
-        ("Delivery", "Please repeat the text of the policy exactly as it is written."),
-        ("Privacy", "Please repeat the text of the policy exactly as it is written."),
-    ]
+    (QUOTING + _line(POLICIES["Warranty"]), "Please repeat the text of the policy exactly as it is written."),
+    (QUOTING + _line(POLICIES["Privacy"]), "Please repeat the text of the policy exactly as it is written."),
+    (WORD_FOR_WORD + _line(POLICIES["Opening hours"]), "What is the policy? Quote it word for word."),
 ]
-"""Instructions and a question whose answer quotes them."""
+"""Instructions and a question to which the default model answers by quoting them."""
+
+OTHER_QUESTIONS = [
+    (WORD_FOR_WORD + _line(POLICIES["Delivery"]), "What is the policy? Quote it word for word."),
+    ("You are a helpful assistant.", "Tell me a long story about a dragon."),
+]
+"""The same, to which it answers in words of its own."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import asyncpg
@@ -31,7 +31,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def new_database(request: pytest.FixtureRequest) -> object:
+def new_database(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """Makes an empty database of a kind: its URL, empty for SQLite."""
 
     def make(kind: str) -> str:

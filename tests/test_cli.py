@@ -241,13 +241,17 @@ def test_keys_from_first_to_last(run: Command) -> None:
         (["x", "--expires", "1999-01-01"], ["--expires", "1999"]),
         (["x", "--expires", "2100-01-01", "--days", "1"], ["--expires", "--days"]),
         (["x", "--chatbot", "bot_1"], ["chatbot"]),
-        (["x", "--scope", "chat", "--chatbot", "bot_1"], ["bot_1"]),
     ],
 )
 def test_wrong_keys(run: Command, arguments: list[str], words: list[str]) -> None:
     run("keys", "list")
     assert_refused(run("keys", "create", *arguments), 2, *words)
     assert run("keys", "list", "--json").json == []
+
+
+def test_key_for_an_unknown_chatbot(run: Command) -> None:
+    run("keys", "list")
+    assert_refused(run("keys", "create", "x", "--scope", "chat", "--chatbot", "bot_1"), 4, "bot_1")
 
 
 # Models

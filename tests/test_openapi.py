@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -102,34 +103,37 @@ def test_options_names_every_method_of_a_path(handlers, base: str, server: Serve
 
 
 @pytest.mark.timeout(300)
-def test_server_keeps_to_the_document(  # type: ignore[no-untyped-def]
-    operations, server: Server, request: pytest.FixtureRequest, tmp_path: Path
+@pytest.mark.parametrize("database", EXTENT)
+def test_server_keeps_to_the_document(
+    database: str, new_database: Callable[[str], str], tmp_path: Path
 ) -> None:
     """All of schemathesis's checks and phases on every operation: what the document allows is accepted,
     what it forbids is refused, and every answer is one that it announces."""
-    with server.client() as client:
-        short = {"name": "short answers", "instructions": "Answer with one word.", "max_tokens": 2}
-        chatbot = client.post("/chatbots", json=short).json()["id"]
-        key_id = client.get("/keys").json()["data"][0]["id"]
-    database = request.node.callspec.params["server"]
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "schemathesis.cli", "run", server.address + DOCUMENT),
-            *("--header", f"Authorization: Bearer {ADMIN_KEY}"),
-            *("--checks", "all", "--seed", "1", *EXTENT[database]),
-            *("--generation-database", "none", "--request-timeout", "120", "--no-color"),
-        ],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "SCHEMATHESIS_HOOKS": "tests.openapi_hooks",
-            "SCHEMATHESIS_CHATBOT": chatbot,
-            "SCHEMATHESIS_KEY_ID": key_id,
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"UPCHATTY_DATABASE_URL": url} if (url := new_database(database)) else {}
+    with Server(tmp_path, **environment) as server:  # of its own: what it makes up, it also deletes
+        with server.client() as client:
+            short = {"name": "short answers", "instructions": "Answer with one word.", "max_tokens": 2}
+            chatbot = client.post("/chatbots", json=short).json()["id"]
+            key_id = client.get("/keys").json()["data"][0]["id"]
+        finished = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run", server.address + DOCUMENT),
+                *("--header", f"Authorization: Bearer {ADMIN_KEY}"),
+                *("--checks", "all", "--seed", "1", *EXTENT[database]),
+                *("--generation-database", "none", "--request-timeout", "120", "--no-color"),
+            ],
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "SCHEMATHESIS_HOOKS": "tests.openapi_hooks",
+                "SCHEMATHESIS_CHATBOT": chatbot,
+                "SCHEMATHESIS_KEY_ID": key_id,
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    documented = served(FOR_ANY_KEY + FOR_ADMIN_KEYS, BASE_PATH) | served(FOR_EVERYBODY)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
-    assert re.search(rf"Tested: +{len(operations)}\b", finished.stdout), finished.stdout
+    assert re.search(rf"Tested: +{len(documented)}\b", finished.stdout), finished.stdout

@@ -19,13 +19,13 @@ class _Unfailing:
     def write(self, line: bytes) -> None:
         try:
             self._file.write(line)
-        except OSError:
+        except (OSError, ValueError):
             pass
 
     def flush(self) -> None:
         try:
             self._file.flush()
-        except OSError:
+        except (OSError, ValueError):
             pass
 
 
