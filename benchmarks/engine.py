@@ -93,8 +93,8 @@ async def throughput(target: Target, streams: int, tokens: int) -> float:
 
 async def in_turn(
     rounds: int, ours: Callable[[], Awaitable[float]], direct: Callable[[], Awaitable[float]]
-) -> tuple[float, float]:
-    """The medians of two measurements taken in turn."""
+) -> tuple[float, float, float]:
+    """Two measurements taken in turn: their medians, and the median of the ratios pair by pair."""
     pairs = []
     for number in range(rounds):
         if number % 2:
@@ -102,7 +102,8 @@ async def in_turn(
         else:
             mine, theirs = await ours(), await direct()
         pairs.append((mine, theirs))
-    return statistics.median(mine for mine, _ in pairs), statistics.median(theirs for _, theirs in pairs)
+    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return mine, theirs, statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 async def compare_with_direct_calls(rounds: int) -> None:
@@ -114,15 +115,17 @@ async def compare_with_direct_calls(rounds: int) -> None:
         await throughput(ours, 8, 4)
         print("| streams | tokens/s through the API | tokens/s directly | ratio |\n|---|---|---|---|")
         for streams in (1, 4, 8, 16):
-            mine, theirs = await in_turn(
-                rounds, lambda n=streams: throughput(ours, n, 64), lambda n=streams: throughput(direct, n, 64)
+            mine, theirs, ratio = await in_turn(
+                2 * rounds,
+                lambda n=streams: throughput(ours, n, 32),
+                lambda n=streams: throughput(direct, n, 32),
             )
-            print(f"| {streams} | {mine:.1f} | {theirs:.1f} | {mine / theirs:.3f} |", flush=True)
+            print(f"| {streams} | {mine:.1f} | {theirs:.1f} | {ratio:.3f} |", flush=True)
 
         async def first(target: Target) -> float:
             return (await target.ask("How are you?", max_tokens=2)).first * 1000
 
-        mine, theirs = await in_turn(20 * rounds, lambda: first(ours), lambda: first(direct))
+        mine, theirs, _ = await in_turn(20 * rounds, lambda: first(ours), lambda: first(direct))
         print(
             f"\nTime to first token, one stream, median: {mine:.1f} ms through the API, {theirs:.1f} ms directly,"
         )

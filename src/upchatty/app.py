@@ -1,6 +1,7 @@
 """Builds everything and owns start and stop; the only place that does."""
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -152,6 +153,8 @@ async def _start(services: Services, listener: socket.socket, announce: Callable
     await services.pool.start()
     # A key that is made is shown this once, so it is made when nothing can go wrong any more.
     key = None if fixed else await services.keys.make_first("")
+    gc.collect()
+    gc.freeze()  # what was built so far stays, and need not be looked through between two tokens
     address = _address(listener)
     with _usable_data_folder(services.settings):
         (services.settings.data_dir / ADDRESS).write_text(address)
@@ -225,6 +228,7 @@ def _uvicorn_config(services: Services) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=services.settings.shutdown_seconds,
     )

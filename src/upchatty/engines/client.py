@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -24,6 +26,7 @@ from upchatty.errors import (
 )
 
 CONNECT_SECONDS = 5.0
+LONG_PROMPT = 1500  # characters, some hundreds of tokens
 LLAMA_RANDOM_SEED = 0xFFFFFFFF  # llama.cpp has 32 bits for a seed, and this one means none
 Answer = TypeVar("Answer")
 Message = dict[str, str]
@@ -156,7 +159,7 @@ class EngineClient:
             ),
             headers={"Content-Type": "application/json"}
             | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-            trust_env=not llama,
+            proxy=None if llama else _proxy(base_url),
         )
 
     async def close(self) -> None:
@@ -228,7 +231,9 @@ class EngineClient:
             **prompt.parameters,
         }
         if self._llama:
-            body |= {"timings_per_token": True, "return_progress": True}
+            # Progress lets an abandoned long prompt be noticed and counted; for a short one it only costs.
+            is_long = sum(len(message["content"]) for message in prompt.messages) > LONG_PROMPT
+            body |= {"timings_per_token": True, "return_progress": is_long}
             if "seed" in body:
                 body["seed"] %= LLAMA_RANDOM_SEED
         return _encode(body)
@@ -261,6 +266,13 @@ class EngineClient:
             raise EngineFailed(problem="it has just ended") from error
         except (msgspec.DecodeError, ValueError) as error:
             raise EngineFailed(problem="it sent something that is no completion") from error
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL. Asked once: aiohttp's own way, trust_env, reads
+    ~/.netrc in a thread at every request."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 def _take_all(events: list[bytes], completion: Completion) -> tuple[list[str], Exception | None]:

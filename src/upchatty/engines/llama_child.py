@@ -17,7 +17,7 @@ import xllamacpp
 
 LINUX_PR_SET_PDEATHSIG = 1  # prctl(2)
 NGRAM_MATCH, NGRAM_DRAFT = 4, 8  # tokens; on a CPU, longer drafts cost more than they bring
-BATCH_TOKENS = 256
+BATCH_TOKENS = 128
 PROMPT_CACHE_MIB = 512
 QUIET = 1  # errors only
 
