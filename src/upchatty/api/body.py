@@ -21,6 +21,7 @@ from upchatty.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Body = TypeVar("Body")
 
+NO_NUL = "^[^\\x00]*$"  # what a JSON schema says of a text without NUL
 QUOTED = 80  # characters of a caller's text in an error
 WORDS = {
     "str": "a string",

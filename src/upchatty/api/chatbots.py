@@ -7,16 +7,16 @@ from litestar import delete, get, patch, post
 from litestar.params import Parameter
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from upchatty.api.body import JSONRequest
+from upchatty.api.body import NO_NUL, JSONRequest
 from upchatty.api.errors import with_errors
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
 from upchatty.chat.chatbots import Chatbot
 from upchatty.errors import Forbidden
 
-NO_NUL = {"pattern": "^[^\\x00]*$"}
-Name = Annotated[str, Meta(min_length=1, max_length=200, extra_json_schema=NO_NUL)]
-Instructions = Annotated[str, Meta(max_length=1_000_000, extra_json_schema=NO_NUL)]
+WITHOUT_NUL = {"pattern": NO_NUL}
+Name = Annotated[str, Meta(min_length=1, max_length=200, extra_json_schema=WITHOUT_NUL)]
+Instructions = Annotated[str, Meta(max_length=1_000_000, extra_json_schema=WITHOUT_NUL)]
 Temperature = Annotated[float, Meta(ge=0.0, le=1.0)]
 MaxTokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Version = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -69,7 +69,6 @@ class ChatbotView(Struct, kw_only=True):
     def of(cls, chatbot: Chatbot) -> "ChatbotView":
         """The chatbot as the contract has it."""
         fields = chatbot._asdict()
-        del fields["latest_version"]
         times = {"created_at": chatbot.created_at // 1000, "updated_at": chatbot.updated_at // 1000}
         return cls(**fields | times)
 

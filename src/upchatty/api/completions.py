@@ -10,7 +10,7 @@ from litestar import Response, post
 from litestar.types import Receive, Scope, Send
 from msgspec import Meta, Struct
 
-from upchatty.api.body import JSONRequest
+from upchatty.api.body import NO_NUL, JSONRequest
 from upchatty.api.caller import CallerWatch
 from upchatty.api.errors import with_errors
 from upchatty.api.openapi import StreamedOperation
@@ -25,7 +25,7 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 TokenLimit = Annotated[int, Meta(ge=1)]  # no upper limit: what is too large is cut
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Text = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\x00]*$"})]
+Text = Annotated[str, Meta(extra_json_schema={"pattern": NO_NUL})]
 StopText = Annotated[str, Meta(min_length=1)]  # an empty one would end every answer before it begins
 Empty = Meta(max_length=0)
 PASSED_ON = ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")

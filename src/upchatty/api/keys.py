@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from litestar import delete, get, post
 from msgspec import Meta, Struct
 
-from upchatty.api.chatbots import NO_NUL, Name
+from upchatty.api.chatbots import WITHOUT_NUL, Name
 from upchatty.api.errors import with_errors
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
@@ -14,7 +14,7 @@ from upchatty.auth import Key, Scope
 
 UnixSeconds = Annotated[int, Meta(ge=0, le=253_402_300_799)]  # until the year 9999
 Moment = Annotated[datetime, Meta(tz=True)]
-NamedChatbot = Annotated[str, Meta(max_length=64, extra_json_schema=NO_NUL)]
+NamedChatbot = Annotated[str, Meta(max_length=64, extra_json_schema=WITHOUT_NUL)]
 
 
 class NewKey(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="scope"):

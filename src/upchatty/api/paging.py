@@ -6,13 +6,13 @@ from typing import Annotated, Generic, Literal, TypeVar
 from litestar.params import Parameter
 from msgspec import Struct
 
+from upchatty.api.body import NO_NUL
+
 Item = TypeVar("Item")
 
 PageSize = Annotated[int, Parameter(ge=1, le=100, description="How many at most")]
 DEFAULT_PAGE_SIZE = 20
-After = Annotated[
-    str, Parameter(description="The id after which to go on", pattern="^[^\\x00]*$", max_length=64)
-]
+After = Annotated[str, Parameter(description="The id after which to go on", pattern=NO_NUL, max_length=64)]
 
 
 class Page(Struct, Generic[Item]):

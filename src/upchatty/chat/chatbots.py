@@ -29,7 +29,6 @@ class Chatbot(NamedTuple):
     id: str
     version: int
     published_version: int
-    latest_version: int
     name: str
     instructions: str
     model: str | None

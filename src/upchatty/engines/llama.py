@@ -78,11 +78,6 @@ class LlamaServer:
             raise EngineNotReady(model=self._name, problem="its engine is being started")
         return self._client
 
-    @property
-    def pid(self) -> int | None:
-        """The child's process id, or None while there is no child."""
-        return self._process.pid if self._process else None
-
     async def _spawn(self) -> None:
         token = secrets.token_urlsafe(32)
         self._process = await asyncio.create_subprocess_exec(

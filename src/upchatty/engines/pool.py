@@ -70,11 +70,6 @@ class Model:
         """How often an engine that runs here was started again."""
         return self._engine.restarts if isinstance(self._engine, LlamaServer) else 0
 
-    @property
-    def engine_pid(self) -> int | None:
-        """The process id of an engine that runs here."""
-        return self._engine.pid if isinstance(self._engine, LlamaServer) else None
-
     async def start(self) -> None:
         """Start the engine, if it runs here. Raises ModelFileError where it cannot load its model."""
         if isinstance(self._engine, LlamaServer):

@@ -14,7 +14,6 @@ def _versions() -> Select[Any]:
     return select(
         chatbots.c.id,
         chatbots.c.published_version,
-        chatbots.c.latest_version,
         chatbots.c.created_at,
         chatbot_versions.c.version,
         chatbot_versions.c.name,

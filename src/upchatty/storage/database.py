@@ -38,8 +38,7 @@ class Database:
     def __init__(self, url: str, sqlite_file: Path | None) -> None:
         self._sqlite_file = None if url else sqlite_file
         self._engine = create_async_engine(_driver_url(url, sqlite_file), **_pool_options(url))
-        self.is_sqlite = self._engine.dialect.name == "sqlite"
-        if self.is_sqlite:
+        if self._sqlite_file:
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
 
     @asynccontextmanager
