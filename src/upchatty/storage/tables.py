@@ -13,6 +13,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 metadata = MetaData(
@@ -45,6 +46,7 @@ chatbot_versions = Table(
     Column("max_tokens", Integer, nullable=True),
     Column("keep_text", Boolean, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("limits", JSON(none_as_null=True), nullable=True),
 )
 
 keys = Table(
@@ -58,6 +60,7 @@ keys = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=True),
     Column("revoked_at", BigInteger, nullable=True),
+    Column("limits", JSON(none_as_null=True), nullable=True),
 )
 
 completions = Table(
@@ -79,6 +82,10 @@ completions = Table(
     Column("duration_ms", Float, nullable=False),
     Column("messages", JSON, nullable=True),
     Column("answer", Text, nullable=True),
+    Column("fallback_for", Text, nullable=True),
+    Column("retries", Integer, nullable=False, server_default="0"),
+    Column("estimated", Boolean, nullable=False, server_default=false()),
     Index("ix_completions_chatbot_id_created_at", "chatbot_id", "created_at"),
     Index("ix_completions_created_at", "created_at"),
+    Index("ix_completions_key_id_created_at", "key_id", "created_at"),
 )
