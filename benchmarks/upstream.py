@@ -1,60 +1,89 @@
-"""Mock upstreams: an OpenAI-compatible server that answers at once, or after a while.
+"""A mock upstream: an OpenAI-compatible server that answers as the question says.
 
-`python -m benchmarks.upstream PORT [--delay SECONDS] [--chunks N] [--pause SECONDS]`
+`python -m benchmarks.upstream PORT`
+
+The last message may say `mock: chunks=100 delay=20 pause=1000`: the pieces of the answer, the milliseconds
+before it and those between two pieces; `each=1` writes each piece by itself. Without it the answer has 12
+pieces and comes at once. An answer that is asked for whole has the same text as a streamed one.
 
 It does as little as it can, so that what is measured is what stands before it.
 """
 
-import argparse
 import asyncio
-from functools import partial
+import functools
+import sys
 from typing import cast
 
 import uvloop
 
+from benchmarks.clock import PreciseTimer
+
+MARK = b"mock: "
 CHUNK = (
     b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"mock",'
-    b'"choices":[{"index":0,"delta":%s,"finish_reason":%s}]}\n\n'
+    b'"choices":[{"index":0,"delta":%b,"finish_reason":%b}]}\n\n'
 )
 USAGE = b'"usage":{"prompt_tokens":20,"completion_tokens":%d,"total_tokens":%d}'
+USAGE_CHUNK = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"mock",'
+    b'"choices":[],%b}\n\n'
+)
 WHOLE = (
     b'{"id":"chatcmpl-1","object":"chat.completion","created":1700000000,"model":"mock","choices":[{"index":0,'
-    b'"message":{"role":"assistant","content":"I am well, thank you. How can I help you today?"},'
-    b'"finish_reason":"stop"}],' + USAGE % (12, 32) + b"}"
+    b'"message":{"role":"assistant","content":"%b"},"finish_reason":"stop"}],%b}'
 )
-WHOLE_RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
-    len(WHOLE),
-    WHOLE,
-)
+MODELS = b'{"object":"list","data":[{"id":"mock","object":"model","created":1700000000,"owned_by":"mock"}]}'
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-ROLE = CHUNK % (b'{"role":"assistant","content":""}', b"null")
-WORD = CHUNK % (b'{"content":" word"}', b"null")
-FINISH = CHUNK % (b"{}", b'"stop"')
 DONE = b"data: [DONE]\n\n"
 
 
+def words(chunks: int) -> list[str]:
+    """The pieces of the answer; together they are its text."""
+    return ["word1", *(f" word{number}" for number in range(2, chunks + 1))]
+
+
+class Plan:
+    """What is written for one kind of question, made beforehand.
+
+    Args:
+        text: What follows `mock: `, such as `chunks=100 delay=20`.
+    """
+
+    def __init__(self, text: str) -> None:
+        values = dict(pair.split("=") for pair in text.split())
+        chunks = int(values.get("chunks", 12))
+        self.delay = int(values.get("delay", 0)) / 1000
+        self.pause = int(values.get("pause", 0)) / 1000
+        self.each = values.get("each") == "1"
+        usage = USAGE % (chunks, 20 + chunks)
+        whole = WHOLE % ("".join(words(chunks)).encode(), usage)
+        self.whole = JSON_HEAD % len(whole) + whole
+        self.head = STREAM_HEAD + _chunked(CHUNK % (b'{"role":"assistant","content":""}', b"null"))
+        self.pieces = [
+            _chunked(CHUNK % (b'{"content":"%b"}' % word.encode(), b"null")) for word in words(chunks)
+        ]
+        self.end = b"".join(map(_chunked, (CHUNK % (b"{}", b'"stop"'), USAGE_CHUNK % usage, DONE)))
+        self.end += b"0\r\n\r\n"
+        self.at_once = self.head + b"".join(self.pieces) + self.end
+
+
+@functools.cache
+def plan_for(text: bytes) -> Plan:
+    """The plan for what follows `mock: `."""
+    return Plan(text.decode())
+
+
 def _chunked(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Upstream(asyncio.Protocol):
-    """One connection.
+    """One connection."""
 
-    Args:
-        delay: Seconds before an answer.
-        chunks: Pieces of a streamed answer.
-        pause: Seconds between two pieces; 0: all at once.
-    """
-
-    def __init__(self, delay: float, chunks: int, pause: float) -> None:
-        self._delay, self._chunks, self._pause = delay, chunks, pause
+    def __init__(self, loop: asyncio.AbstractEventLoop, timer: PreciseTimer) -> None:
+        self._loop, self._timer = loop, timer
         self._buffer = b""
-        usage = (
-            b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"mock",'
-        )
-        usage += b'"choices":[],' + USAGE % (chunks, 20 + chunks) + b"}\n\n"
-        self._end = _chunked(FINISH + usage + DONE) + b"0\r\n\r\n"
-        self._at_once = STREAM_HEAD + _chunked(ROLE) + _chunked(WORD) * chunks + self._end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own, which does not derive from it
@@ -68,41 +97,53 @@ class Upstream(asyncio.Protocol):
             if len(self._buffer) < end + 4 + length:
                 return
             body, self._buffer = self._buffer[end + 4 : end + 4 + length], self._buffer[end + 4 + length :]
-            answer = partial(self._stream if b'"stream":true' in body.replace(b" ", b"") else self._whole)
-            if self._delay:
-                asyncio.get_running_loop().call_later(self._delay, answer)
+            if head.startswith(b"get"):
+                self._transport.write(JSON_HEAD % len(MODELS) + MODELS)
             else:
-                answer()
+                self._answer(body)
 
-    def _whole(self) -> None:
-        self._transport.write(WHOLE_RESPONSE)
+    def _answer(self, body: bytes) -> None:
+        start = body.rfind(MARK)
+        plan = plan_for(body[start + len(MARK) : body.index(b'"', start)] if start >= 0 else b"")
+        streamed = b'"stream":true' in body or b'"stream": true' in body
+        write = functools.partial(self._stream if streamed else self._whole, plan)
+        if plan.delay:
+            self._timer.call_later(plan.delay, write)
+        else:
+            write()
 
-    def _stream(self) -> None:
-        if not self._pause:
-            self._transport.write(self._at_once)
+    def _whole(self, plan: Plan) -> None:
+        self._transport.write(plan.whole)
+
+    def _stream(self, plan: Plan) -> None:
+        if not plan.pause and not plan.each:
+            self._transport.write(plan.at_once)
             return
-        self._transport.write(STREAM_HEAD + _chunked(ROLE))
-        self._continue(self._chunks)
+        self._transport.write(plan.head)
+        self._continue(plan, 0)
 
-    def _continue(self, left: int) -> None:
+    def _continue(self, plan: Plan, number: int) -> None:
         if self._transport.is_closing():
             return
-        if left == 0:
-            self._transport.write(self._end)
+        if number == len(plan.pieces):
+            self._transport.write(plan.end)
             return
-        self._transport.write(_chunked(WORD))
-        asyncio.get_running_loop().call_later(self._pause, self._continue, left - 1)
+        self._transport.write(plan.pieces[number])
+        following = functools.partial(self._continue, plan, number + 1)
+        if plan.pause:
+            self._timer.call_later(plan.pause, following)
+        else:
+            self._loop.call_soon(following)  # the loop joins what is written in one turn of it
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("port", type=int)
-    parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--chunks", type=int, default=12)
-    parser.add_argument("--pause", type=float, default=0.0)
-    arguments = parser.parse_args()
-    make = partial(Upstream, arguments.delay, arguments.chunks, arguments.pause)
-    server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", arguments.port, backlog=4096)
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal():
+        sys.exit("usage: python -m benchmarks.upstream PORT")
+    loop = asyncio.get_running_loop()
+    timer = PreciseTimer(loop)
+    server = await loop.create_server(
+        lambda: Upstream(loop, timer), "127.0.0.1", int(sys.argv[1]), backlog=4096
+    )
     await server.serve_forever()
 
 

@@ -25,9 +25,12 @@ def filter_case(context: HookContext, case: Case) -> bool:
 
 @schemathesis.hook
 def map_case(context: HookContext, case: Case) -> Case:
-    """Name what exists."""
-    if isinstance(case.body, dict) and case.meta and case.meta.generation.mode is GenerationMode.POSITIVE:
-        _name_what_exists(case.body)
+    """Name what exists, and end a range after its beginning."""
+    if case.meta and case.meta.generation.mode is GenerationMode.POSITIVE:
+        if isinstance(case.body, dict):
+            _name_what_exists(case.body)
+        if case.query and "from" in case.query:
+            case.query |= {"by": "chatbot", "to": "9999-12-31"}  # by day, so long a range is refused
     return case
 
 

@@ -7,7 +7,9 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 import uvicorn
@@ -29,6 +31,9 @@ from upchatty.logs import configure_logs
 from upchatty.metrics import Metrics
 from upchatty.settings import Settings
 from upchatty.storage.database import Database
+
+if TYPE_CHECKING:
+    from upchatty.tracing import Tracer  # which is costly to import
 
 BACKLOG = 2048
 LOCK, ADDRESS = "server.lock", "server.address"
@@ -82,14 +87,33 @@ async def open_services(settings: Settings, progress: Progress | None = None) ->
     """
     async with AsyncExitStack() as stack:
         administration = await stack.enter_async_context(open_administration(settings))
-        pool = await Pool.open(settings, ModelFiles(settings.cache_dir), progress)
-        metrics = Metrics()
+        metrics, tracer = Metrics(), _tracer(settings.traces_url)
+        pool = await Pool.open(settings, ModelFiles(settings.cache_dir), metrics, progress)
+        if tracer:
+            stack.push_async_callback(tracer.close)
         recorder = Recorder(administration.database, metrics)
         stack.push_async_callback(recorder.close)
         stack.push_async_callback(pool.stop)
         recorder.start()
-        answering = Answering(administration.chatbots, pool, recorder, metrics)
-        yield Services(settings, metrics, administration.keys, administration.chatbots, pool, answering)
+        answering = Answering(administration.chatbots, pool, recorder)
+        yield Services(
+            settings,
+            metrics,
+            administration.keys,
+            administration.chatbots,
+            pool,
+            answering,
+            administration.database,
+            tracer,
+        )
+
+
+def _tracer(url: str | None) -> "Tracer | None":
+    """What makes traces, where there is a collector for them.
+
+    Imported here only: it takes half a second and 12 MiB, which a server without a collector is spared.
+    """
+    return import_module("upchatty.tracing").Tracer(url) if url else None
 
 
 async def run_server(settings: Settings, announce: Callable[[Running], None], progress: Progress) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import RowMapping
 from uuid_utils import uuid7
 
 from upchatty.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
+from upchatty.limits import Limits, key_limits, to_json
 from upchatty.storage import keys as storage
 from upchatty.storage.chatbots import list_chatbots
 from upchatty.storage.database import Database
@@ -38,6 +39,7 @@ class Caller(NamedTuple):
     scope: Scope
     chatbots: frozenset[str]
     """The chatbots that a `chat` key names; none: all of them."""
+    limits: Limits | None = None
 
     def require_admin(self) -> None:
         """Raise Forbidden unless this is an admin key."""
@@ -63,6 +65,7 @@ class Key(NamedTuple):
     chatbots: tuple[str, ...]
     created_at: int
     expires_at: int | None
+    limits: Limits | None = None
 
 
 class Keys:
@@ -88,7 +91,12 @@ class Keys:
         return caller
 
     async def create(
-        self, name: str, scope: Scope, chatbots: tuple[str, ...] = (), expires_at: int | None = None
+        self,
+        name: str,
+        scope: Scope,
+        chatbots: tuple[str, ...] = (),
+        expires_at: int | None = None,
+        limits: Limits | None = None,
     ) -> tuple[Key, str]:
         """Make a key.
 
@@ -97,6 +105,7 @@ class Keys:
             scope: `admin`, or `chat` for the chatbots named.
             chatbots: The chatbots that it opens; none: all.
             expires_at: When it ends, unix milliseconds.
+            limits: How much it may use.
 
         Returns:
             The key and its secret, which nobody can see again.
@@ -107,7 +116,8 @@ class Keys:
         """
         await self._check_chatbots(scope, chatbots)
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
-        key = Key(f"key_{uuid7().hex}", name, scope, chatbots, _now(), expires_at)
+        given = key_limits(to_json(limits))  # None where every field of it is
+        key = Key(f"key_{uuid7().hex}", name, scope, chatbots, _now(), expires_at, given)
         await storage.add_key(self._database, _row(key, secret))
         return key, secret
 
@@ -155,7 +165,8 @@ class Keys:
             raise Unauthenticated(problem="this key is unknown")
         if row["revoked_at"] is not None:
             raise Unauthenticated(problem="this key has been revoked")
-        return Caller(row["id"], row["scope"], frozenset(row["chatbots"])), row["expires_at"]
+        limits = key_limits(row["limits"])
+        return Caller(row["id"], row["scope"], frozenset(row["chatbots"]), limits), row["expires_at"]
 
     async def _check_chatbots(self, scope: Scope, chatbots: tuple[str, ...]) -> None:
         if not chatbots:
@@ -189,10 +200,17 @@ def _now() -> int:
 
 
 def _row(key: Key, secret: str) -> dict[str, Any]:
-    return key._asdict() | {"chatbots": list(key.chatbots), "hash": _hash(secret)}
+    columns = {"chatbots": list(key.chatbots), "limits": to_json(key.limits), "hash": _hash(secret)}
+    return key._asdict() | columns
 
 
 def _key(row: RowMapping) -> Key:
     return Key(
-        row["id"], row["name"], row["scope"], tuple(row["chatbots"]), row["created_at"], row["expires_at"]
+        row["id"],
+        row["name"],
+        row["scope"],
+        tuple(row["chatbots"]),
+        row["created_at"],
+        row["expires_at"],
+        key_limits(row["limits"]),
     )

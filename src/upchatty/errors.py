@@ -10,11 +10,13 @@
     │   ├── Conflict                 409
     │   ├── BodyTooLarge             413
     │   ├── UnsupportedMediaType     415
+    │   ├── RateLimited              429
     │   ├── InternalError            500
     │   ├── EngineFailed             502
     │   ├── Unavailable              503
     │   │   ├── EngineNotReady
     │   │   ├── QueueFull
+    │   │   ├── LimitsUnavailable
     │   │   └── StorageUnavailable
     │   └── EngineTimeout            504
     └── StartupError                 what an operator sees: a sentence and an exit code
@@ -27,6 +29,7 @@ Each class owns its HTTP status, its exit code and its sentence; whoever raises 
 sentence's fields.
 """
 
+import math
 from typing import ClassVar
 
 
@@ -46,10 +49,21 @@ class UpChattyError(Exception):
 
 
 class RequestError(UpChattyError):
-    """A request that cannot be answered, with its HTTP status."""
+    """A request that cannot be answered, with its HTTP status.
+
+    Args:
+        retry_after: Seconds after which a retry may succeed, where that is known.
+        fields: The values for the class's `sentence`.
+    """
 
     status: ClassVar[int] = 500
-    headers: ClassVar[dict[str, str]] = {}
+    fixed_headers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, *, retry_after: float | None = None, **fields: object) -> None:
+        super().__init__(**fields)
+        self.headers = dict(self.fixed_headers)
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 
 
 class InvalidRequest(RequestError):
@@ -76,7 +90,7 @@ class Unauthenticated(RequestError):
     """No key, or one that does not open anything."""
 
     status = 401
-    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+    fixed_headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(RequestError):
@@ -113,6 +127,12 @@ class UnsupportedMediaType(RequestError):
     sentence = "Content-Type: expected application/json, got {got}"
 
 
+class RateLimited(RequestError):
+    """A limit of the key or of the chatbot is reached; `Retry-After` says when there is room again."""
+
+    status = 429
+
+
 class InternalError(RequestError):
     """A defect of ours; the log has the details under the request's id."""
 
@@ -133,7 +153,7 @@ class Unavailable(RequestError):
     """Not now; `Retry-After` says when to try again."""
 
     status = 503
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+    fixed_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
 class EngineNotReady(Unavailable):
@@ -153,6 +173,12 @@ class StorageUnavailable(Unavailable):
     """The database does not answer or cannot be written."""
 
     sentence = "the database is not available at the moment; the server's log has the details"
+
+
+class LimitsUnavailable(Unavailable):
+    """The server that keeps the counters of the limits does not answer."""
+
+    sentence = "the limits cannot be checked at the moment; the server's log has the details"
 
 
 class EngineTimeout(RequestError):

@@ -60,7 +60,11 @@ def configure_logs(settings: Settings) -> None:
 
 def _console() -> list[Any]:
     return [
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="time"),
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            timestamp_key="time",
+            exception_formatter=structlog.dev.plain_traceback,  # others show local variables, such as keys
+        ),
         lambda _logger, _method, line: line.encode(),
     ]
 

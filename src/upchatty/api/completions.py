@@ -3,7 +3,7 @@
 Protocol: https://platform.openai.com/docs/api-reference/chat
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from litestar import Response, post
@@ -18,8 +18,11 @@ from upchatty.api.services import Services
 from upchatty.api.stream import Chunks, EventStream
 from upchatty.auth import Caller
 from upchatty.chat.answer import Answer, FinishReason, Question
-from upchatty.engines.client import Message, Usage
+from upchatty.engines.dialect import Message, Usage
 from upchatty.errors import InvalidRequest, RequestError
+
+if TYPE_CHECKING:
+    from upchatty.tracing import Trace  # which is costly to import
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -207,14 +210,18 @@ class CompletionResponse(Response[ChatCompletion]):
         caller: Who asks.
         request: What.
         services: Who answers.
+        trace: Of the request, where it is traced.
     """
 
-    def __init__(self, caller: Caller, request: ChatCompletionRequest, services: Services) -> None:
+    def __init__(
+        self, caller: Caller, request: ChatCompletionRequest, services: Services, trace: "Trace | None"
+    ) -> None:
         super().__init__(content=None)  # type: ignore[arg-type]  # there is none yet
         self._caller = caller
         self._request = request
         self._question = request.question()
         self._answering = services.answering
+        self._trace = trace
 
     def to_asgi_response(self, *_: Any, **__: Any) -> Any:
         """Litestar's way to hand over to an ASGI application of one's own."""
@@ -222,7 +229,7 @@ class CompletionResponse(Response[ChatCompletion]):
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = None
-        async with CallerWatch(receive), self._answering.answer(self._caller, self._question) as answer:
+        async with CallerWatch(receive), self._answering.answer(self._caller, self._question, self._trace) as answer:
             async for _ in answer.pieces():
                 pass
             body = msgspec.json.encode(_completion(answer))
@@ -243,7 +250,7 @@ class CompletionResponse(Response[ChatCompletion]):
                 await events.fail(str(error))
 
     async def _send_pieces(self, events: EventStream) -> None:
-        async with self._answering.answer(self._caller, self._question) as answer:
+        async with self._answering.answer(self._caller, self._question, self._trace) as answer:
             chunks = Chunks(answer.id, answer.created, self._request.model)
             first = chunks.role()
             async for texts in answer.pieces():
@@ -265,7 +272,7 @@ async def create_completion(
     data: ChatCompletionRequest, request: JSONRequest, services: Services
 ) -> Response[ChatCompletion]:
     """Ask a chatbot. With `stream`, the answer comes as server-sent events."""
-    return CompletionResponse(request.user, data, services)
+    return CompletionResponse(request.user, data, services, request.scope["state"].get("trace"))
 
 
 def _message(message: ChatMessage) -> Message:

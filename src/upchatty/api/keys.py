@@ -1,6 +1,5 @@
 """Keys over HTTP, for owners."""
 
-from datetime import datetime
 from typing import Annotated, Literal
 
 from litestar import delete, get, post
@@ -8,12 +7,12 @@ from msgspec import Meta, Struct
 
 from upchatty.api.chatbots import WITHOUT_NUL, Name
 from upchatty.api.errors import with_errors
+from upchatty.api.limits import Moment, unix_seconds
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
 from upchatty.auth import Key, Scope
+from upchatty.limits import Limits, UnixSeconds
 
-UnixSeconds = Annotated[int, Meta(ge=0, le=253_402_300_799)]  # until the year 9999
-Moment = Annotated[datetime, Meta(tz=True)]
 NamedChatbot = Annotated[str, Meta(max_length=64, extra_json_schema=WITHOUT_NUL)]
 
 
@@ -23,15 +22,14 @@ class NewKey(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="scope"
     name: Name
     expires_at: UnixSeconds | Moment | None = None
     """Unix seconds, or RFC 3339 with a time zone."""
-    limits: None = None
-    """Not available yet."""
+    limits: Limits | None = None
+    """How much it may use; null: any amount."""
 
     @property
     def expires_at_ms(self) -> int | None:
         """Unix milliseconds."""
-        if isinstance(self.expires_at, datetime):
-            return int(self.expires_at.timestamp() * 1000)
-        return None if self.expires_at is None else self.expires_at * 1000
+        seconds = unix_seconds(self.expires_at)
+        return None if seconds is None else seconds * 1000
 
 
 class NewAdminKey(NewKey, tag="admin"):
@@ -57,6 +55,7 @@ class KeyView(Struct, kw_only=True):
     chatbots: list[str]
     created_at: int
     expires_at: int | None
+    limits: Limits | None
 
 
 class CreatedKey(KeyView, kw_only=True):
@@ -76,7 +75,9 @@ def key_fields(key: Key) -> dict[str, object]:
 async def create_key(data: NewAdminKey | NewChatKey, services: Services) -> CreatedKey:
     """Make a key. Its secret is in this answer and nowhere else."""
     scope: Scope = "admin" if isinstance(data, NewAdminKey) else "chat"
-    key, secret = await services.keys.create(data.name, scope, tuple(data.chatbots or ()), data.expires_at_ms)
+    key, secret = await services.keys.create(
+        data.name, scope, tuple(data.chatbots or ()), data.expires_at_ms, data.limits
+    )
     return CreatedKey(key=secret, **key_fields(key))  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.types import ASGIApp, Middleware, Receive, Scope, Send
 
-from upchatty.api import chatbots, completions, keys, openapi, operations
+from upchatty.api import chatbots, completions, keys, openapi, operations, usage
 from upchatty.api.access_log import AccessLog
 from upchatty.api.body import JSONRequest
 from upchatty.api.errors import EXCEPTION_HANDLERS
@@ -29,6 +29,7 @@ FOR_ADMIN_KEYS = [
     keys.create_key,
     keys.list_keys,
     keys.revoke_key,
+    usage.get_usage,
 ]
 FOR_EVERYBODY = [operations.live, operations.ready, operations.metrics]
 
@@ -55,7 +56,8 @@ def build_api(services: Services) -> ASGIApp:
         plugins=[structs],
         logging_config=None,
     )
-    return AccessLog(HeadAsGet(litestar), services.metrics)
+    traced = {BASE_PATH + path for path in completions.create_completion.paths}
+    return AccessLog(HeadAsGet(litestar), services.metrics, services.tracer, traced)
 
 
 def _with_options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:

@@ -1,6 +1,7 @@
 """What the routes work with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from upchatty.auth import Keys
 from upchatty.chat.answer import Answering
@@ -8,6 +9,7 @@ from upchatty.chat.chatbots import Chatbots
 from upchatty.engines.pool import Pool
 from upchatty.metrics import Metrics
 from upchatty.settings import Settings
+from upchatty.storage.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +22,6 @@ class Services:
     chatbots: Chatbots
     pool: Pool
     answering: Answering
+    database: Database
+    tracer: Any = None
+    """A `Tracer`, where traces are collected. Its module is costly to import, and so is not named here."""

@@ -43,6 +43,11 @@ class CompletionRecord:
     duration_ms: float
     messages: list[dict[str, str]] | None
     answer: str | None
+    fallback_for: str | None
+    """The model that should have answered, where it was not this one."""
+    retries: int
+    estimated: bool
+    """Whether the tokens were counted here, since the engine had not told them."""
 
 
 class Recorder:

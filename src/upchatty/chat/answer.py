@@ -1,10 +1,10 @@
 """Answering: from a caller's question to the pieces of an answer, and its account."""
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from uuid_utils import uuid7
 
@@ -12,10 +12,15 @@ from upchatty.auth import Caller
 from upchatty.chat.account import CompletionRecord, Recorder
 from upchatty.chat.chatbots import Chatbot, Chatbots
 from upchatty.chat.prompt import build_prompt
-from upchatty.engines.client import Completion, Message, Prompt, Usage
-from upchatty.engines.pool import Model, Pool
-from upchatty.errors import Forbidden
-from upchatty.metrics import Metrics
+from upchatty.engines.client import Prompt
+from upchatty.engines.dialect import Completion, Message, Usage
+from upchatty.engines.model import RETRIED, Generation, Model
+from upchatty.engines.pool import Pool
+from upchatty.errors import Forbidden, InvalidRequest, RequestError
+from upchatty.metrics import ModelMetrics
+
+if TYPE_CHECKING:
+    from upchatty.tracing import Trace  # which is costly to import
 
 FinishReason = Literal["stop", "length", "content_filter"]
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
@@ -32,6 +37,7 @@ class Question:
         max_tokens: Tokens of the answer at most, None: as many as the chatbot allows.
         parameters: Sampling parameters for the engine, by OpenAI's names.
         streamed: Whether the caller gets the answer in pieces.
+        patience: Seconds that the caller waits for the first token, None: as long as the model allows.
     """
 
     chatbot: str
@@ -39,6 +45,7 @@ class Question:
     max_tokens: int | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     streamed: bool = False
+    patience: float | None = None
 
 
 class Answer:
@@ -48,20 +55,31 @@ class Answer:
         chatbot: Which chatbot answers.
         question: What was asked.
         asked_at: When, on the monotonic clock.
+        trace: Of the request, where it is traced.
     """
 
-    def __init__(self, chatbot: Chatbot, question: Question, asked_at: float) -> None:
+    def __init__(
+        self, chatbot: Chatbot, question: Question, asked_at: float, trace: "Trace | None" = None
+    ) -> None:
         self.id = f"chatcmpl-{uuid7().hex}"
         self.created_ms = time.time_ns() // 1_000_000
         self.chatbot = chatbot
         self.question = question
         self.asked_at = asked_at
-        self.queue_seconds = 0.0
+        self._trace = trace
         self.first_token_at: float | None = None
         self.completion = Completion()
         """The engine's account, true at every moment."""
-        self.texts: AsyncGenerator[list[str]] | None = None
-        """The pieces of text, as many at a time as the engine sent together; None until there is a slot."""
+        self.headers: list[tuple[bytes, bytes]] = []
+        """What the caller is told beside the answer."""
+        self.model: Model | None = None
+        """Which model answers."""
+        self.fallback_for: str | None = None
+        """The model that should have."""
+        self.queue_seconds = 0.0
+        self.retries = 0
+        self._prompt: Prompt | None = None
+        self._generation: Generation | None = None
         self._kept: list[str] = []
 
     @property
@@ -84,19 +102,54 @@ class Answer:
         """The text so far."""
         return "".join(self._kept)
 
+    async def begin(self, model: Model, prompt: Prompt, deadline: float) -> None:
+        """Have a model begin to answer.
+
+        Args:
+            model: The model.
+            prompt: What it is asked.
+            deadline: When the first token has to be there, by the monotonic clock.
+
+        Raises:
+            RequestError: It cannot. Another one may be asked then.
+        """
+        self.model, self._prompt = model, prompt
+        self.completion.restart()
+        generation = self._generation = Generation(model, self.completion, self._trace)
+        try:
+            await generation.begin(prompt, self.chatbot.id, deadline)
+        except RequestError:
+            self.close()
+            raise
+        finally:
+            self.queue_seconds += generation.queue_seconds
+
     async def pieces(self) -> AsyncIterator[list[str]]:
         """The pieces of text as they come, several at once where they came so.
 
         Raises:
             RequestError: The engine failed.
         """
-        assert self.texts is not None
-        async for texts in self.texts:
-            if texts:
-                if self.first_token_at is None:
-                    self.first_token_at = time.monotonic()
-                self._kept += texts
-                yield texts
+        assert self._generation and self.model
+        between_tokens, came_at = self.model.metrics.between_tokens, 0.0
+        while (texts := await self._generation.next()) is not None:
+            now = time.monotonic()
+            if self.first_token_at is None:
+                self.first_token_at = now
+            else:
+                between_tokens.observe(now - came_at)
+            came_at = now
+            self._kept += texts
+            yield texts
+
+    def close(self) -> None:
+        """Stop the engine unless it has ended, and complete the account."""
+        if self._generation:
+            self._generation.close()
+            self.retries += self._generation.retries
+            self._generation = None
+        if self._prompt:
+            self.completion.estimate(self._prompt.messages)
 
 
 class Answering:
@@ -106,22 +159,23 @@ class Answering:
         chatbots: Who can be asked.
         pool: The engines.
         recorder: Keeps account.
-        metrics: Counts.
     """
 
-    def __init__(self, chatbots: Chatbots, pool: Pool, recorder: Recorder, metrics: Metrics) -> None:
+    def __init__(self, chatbots: Chatbots, pool: Pool, recorder: Recorder) -> None:
         self._chatbots = chatbots
         self._pool = pool
         self._recorder = recorder
-        self._metrics = metrics
 
     @asynccontextmanager
-    async def answer(self, caller: Caller, question: Question) -> AsyncIterator[Answer]:
+    async def answer(
+        self, caller: Caller, question: Question, trace: "Trace | None" = None
+    ) -> AsyncIterator[Answer]:
         """The answer to a question. Leaving the block early stops the engine.
 
         Args:
             caller: Who asks.
             question: What.
+            trace: Of the request, where it is traced.
 
         Raises:
             NotFound: There is no such chatbot.
@@ -133,20 +187,53 @@ class Answering:
         chatbot = await self._chatbots.get(question.chatbot)
         if not caller.may_call(chatbot.id):
             raise Forbidden(problem="this key does not open that chatbot")
-        model = self._pool.model(chatbot.model)
-        prompt = await self._prompt(chatbot, question, model)
-        answer, ended = Answer(chatbot, question, asked_at), CANCELLED
+        answer = Answer(chatbot, question, asked_at, trace)
+        ended: str | None = CANCELLED
+        failure: Exception | None = None
         try:
-            async with model.slot() as slot:
-                answer.queue_seconds = slot.queue_seconds
-                async with aclosing(slot.client.stream(prompt, answer.completion)) as answer.texts:
-                    yield answer
+            await self._begin(answer)
+            yield answer
             ended = answer.finish_reason
-        except Exception:
-            ended = FAILED
+        except InvalidRequest:
+            ended = None  # no engine was asked
+            raise
+        except Exception as error:
+            ended, failure = FAILED, error
             raise
         finally:
-            self._account(caller, model, answer, ended)
+            answer.close()
+            if ended:
+                self._account(caller, answer, ended)
+                if trace:
+                    trace.account(
+                        completion=answer.id,
+                        chatbot=chatbot.id,
+                        version=chatbot.version,
+                        model=answer.model.name if answer.model else None,
+                        finish_reason=ended,
+                        error=failure,
+                    )
+
+    async def _begin(self, answer: Answer) -> None:
+        """Have the chatbot's model begin to answer, or the one that takes its place."""
+        wanted = self._pool.model(answer.chatbot.model)
+        patience = min(
+            wanted.settings.deadline_seconds, answer.question.patience or wanted.settings.deadline_seconds
+        )
+        deadline = answer.asked_at + patience
+        for model in self._pool.with_fallbacks(answer.chatbot.model):
+            try:
+                await answer.begin(
+                    model, await self._prompt(answer.chatbot, answer.question, model), deadline
+                )
+            except RETRIED:
+                if not model.settings.fallback or time.monotonic() >= deadline:
+                    raise
+            else:
+                break
+        if model is not wanted:
+            answer.fallback_for = wanted.name
+            answer.headers.append((b"x-upchatty-fallback", model.name.encode()))
 
     async def _prompt(self, chatbot: Chatbot, question: Question, model: Model) -> Prompt:
         max_tokens = min(chatbot.max_tokens, question.max_tokens or chatbot.max_tokens)
@@ -155,13 +242,14 @@ class Answering:
             question.messages,
             limit=model.context,
             max_tokens=max_tokens,
-            counter=model.client,
+            counter=model,
         )
         defaults = {"temperature": chatbot.temperature, "max_tokens": max_tokens}
         return Prompt(messages, defaults | dict(question.parameters))
 
-    def _account(self, caller: Caller, model: Model, answer: Answer, ended: str) -> None:
-        usage, chatbot = answer.usage, answer.chatbot
+    def _account(self, caller: Caller, answer: Answer, ended: str) -> None:
+        usage, chatbot, model = answer.usage, answer.chatbot, answer.model
+        assert model
         record = CompletionRecord(
             id=answer.id,
             chatbot_id=chatbot.id,
@@ -179,19 +267,25 @@ class Answering:
             duration_ms=(time.monotonic() - answer.asked_at) * 1000,
             messages=answer.question.messages if chatbot.keep_text else None,
             answer=answer.text.replace("\0", "\ufffd") if chatbot.keep_text else None,
+            fallback_for=answer.fallback_for,
+            retries=answer.retries,
+            estimated=answer.completion.accepted and answer.completion.estimated,
         )
         self._recorder.add(record)
-        self._count(record)
+        _count(model.metrics, record)
 
-    def _count(self, record: CompletionRecord) -> None:
-        metrics, model = self._metrics, record.model
-        metrics.completions.labels(model, record.finish_reason).inc()
-        if record.finish_reason == CANCELLED:
-            metrics.cancelled.labels(model).inc()
-        metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
-        metrics.cached_tokens.labels(model).inc(record.cached_tokens)
-        metrics.completion_tokens.labels(model).inc(record.completion_tokens)
-        metrics.queue.labels(model).observe(record.queue_ms / 1000)
-        metrics.duration.labels(model).observe(record.duration_ms / 1000)
-        if record.first_token_ms is not None:
-            metrics.first_token.labels(model).observe(record.first_token_ms / 1000)
+
+def _count(metrics: ModelMetrics, record: CompletionRecord) -> None:
+    metrics.completions(record.finish_reason).inc()
+    if record.finish_reason == CANCELLED:
+        metrics.cancelled.inc()
+    if record.prompt_tokens:
+        metrics.prompt_tokens.inc(record.prompt_tokens)
+    if record.cached_tokens:
+        metrics.cached_tokens.inc(record.cached_tokens)
+    if record.completion_tokens:
+        metrics.completion_tokens.inc(record.completion_tokens)
+    metrics.queue.observe(record.queue_ms / 1000)
+    metrics.duration.observe(record.duration_ms / 1000)
+    if record.first_token_ms is not None:
+        metrics.first_token.observe(record.first_token_ms / 1000)

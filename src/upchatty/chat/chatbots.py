@@ -10,6 +10,7 @@ from sqlalchemy import RowMapping
 from uuid_utils import uuid7
 
 from upchatty.errors import InvalidRequest, NotFound
+from upchatty.limits import ChatbotLimits, chatbot_limits, to_json
 from upchatty.storage import chatbots as storage
 from upchatty.storage.database import Database
 
@@ -38,6 +39,8 @@ class Chatbot(NamedTuple):
     """Tokens of an answer at most."""
     keep_text: bool
     """Whether the record of a completion keeps what was said."""
+    limits: ChatbotLimits | None
+    """How much all callers together may use. Those of the published version hold for every version."""
     created_at: int
     updated_at: int
 
@@ -48,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": DEFAULT_TEMPERATURE,
     "max_tokens": DEFAULT_MAX_TOKENS,
     "keep_text": True,
+    "limits": None,
 }
 """What holds for a field that is not given, or given as null."""
 
@@ -72,6 +76,13 @@ class Chatbots:
             NotFound: There is no such chatbot or version.
         """
         return await self._known(reference)
+
+    async def limits(self, chatbot: Chatbot) -> ChatbotLimits | None:
+        """The limits that hold for a version: the published one's, since nobody is to get round them by
+        asking for an earlier version."""
+        if chatbot.version == chatbot.published_version:
+            return chatbot.limits
+        return (await self.get(chatbot.id)).limits
 
     async def _look_up(self, reference: str) -> Chatbot:
         match = REFERENCE.fullmatch(reference)
@@ -171,7 +182,8 @@ class Chatbots:
             raise InvalidRequest(
                 parameter="model", expected=f"expected one of the server's models ({', '.join(self._models)})"
             )
-        return {field: DEFAULTS[field] if value is None else value for field, value in given.items()}
+        fields = {field: DEFAULTS[field] if value is None else value for field, value in given.items()}
+        return fields | {"limits": to_json(fields["limits"])} if "limits" in fields else fields
 
 
 def _checked_id(chatbot_id: str) -> str:
@@ -182,7 +194,7 @@ def _checked_id(chatbot_id: str) -> str:
 
 
 def _chatbot(row: RowMapping) -> Chatbot:
-    return Chatbot(**row)
+    return Chatbot(**dict(row) | {"limits": chatbot_limits(row["limits"])})
 
 
 def _now() -> int:

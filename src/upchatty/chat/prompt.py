@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from upchatty.engines.client import Message
+from upchatty.engines.dialect import Message
 from upchatty.errors import PromptTooLong
 
 TEMPLATE_TOKENS = 64  # for what a chat template adds once, and for each message: far more than any does

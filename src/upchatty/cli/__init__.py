@@ -12,6 +12,7 @@ from upchatty.cli.chat import chat
 from upchatty.cli.serve import serve
 from upchatty.cli.sources import Environment, SettingsFile
 from upchatty.cli.status import status
+from upchatty.cli.usage import usage
 from upchatty.errors import ConfigurationError, UpChattyError
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not ready, 4 not found, 5 in use."
@@ -26,7 +27,7 @@ app = App(
     print_error=False,
     exit_on_error=False,
 )
-for command in (serve, chat, status):
+for command in (serve, chat, status, usage):
     app.command(command)
 for group in (chatbots, keys, models):
     app.command(group.app)

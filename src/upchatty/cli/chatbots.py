@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,10 @@ from cyclopts.validators import Number
 from upchatty.api.chatbots import ChatbotView
 from upchatty.chat.chatbots import Chatbot
 from upchatty.cli.administration import administration, checked_name
+from upchatty.cli.limits import Days, LimitFlags, Limiting, end
 from upchatty.cli.output import JSON, CommonSettings, moment, print_fields, print_json, print_table
 from upchatty.errors import ConfigurationError, InvalidRequest
+from upchatty.limits import ChatbotLimits, to_json
 from upchatty.settings import Settings
 
 app = App(name="chatbots", help="Make, list and change chatbots.")
@@ -26,6 +29,10 @@ Temperature = Annotated[
     float | None, Parameter(validator=Number(gte=0, lte=1), help="0.0 to 1.0: how freely it chooses words.")
 ]
 MaxTokens = Annotated[int | None, Parameter(validator=Number(gte=1), help="Tokens of an answer at most.")]
+Expires = Annotated[
+    datetime | None,
+    Parameter(help="When it stops answering, such as 2030-12-31T12:00, in this machine's time zone."),
+]
 KeepText = Annotated[bool | None, Parameter(help="Whether the record of completions keeps what was said.")]
 
 
@@ -60,6 +67,9 @@ def create(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     keep_text: KeepText = None,
+    limits: Limiting = LimitFlags(),
+    expires: Expires = None,
+    days: Days = None,
     json: JSON = False,
     settings: CommonSettings = Settings(),
 ) -> None:
@@ -67,7 +77,9 @@ def create(
 
     Args:
         name: Its name, for people.
+        days: In how many days it stops answering.
     """
+    limited = limits.given | _expiry(expires, days)
 
     async def run() -> None:
         async with administration(settings) as opened:
@@ -78,6 +90,7 @@ def create(
                 temperature=temperature,
                 max_tokens=max_tokens,
                 keep_text=keep_text,
+                limits=ChatbotLimits(**limited),
             )
         _print(chatbot, json)
 
@@ -106,6 +119,10 @@ def edit(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     keep_text: KeepText = None,
+    limits: Limiting = LimitFlags(),
+    expires: Expires = None,
+    days: Days = None,
+    no_limits: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     publish: int | None = None,
     json: JSON = False,
     settings: CommonSettings = Settings(),
@@ -114,6 +131,8 @@ def edit(
 
     Args:
         name: A new name.
+        days: In how many days it stops answering.
+        no_limits: Take away the limits that it has, but not those given with this.
         publish: The number of the version to go back to.
     """
     given = {
@@ -124,8 +143,9 @@ def edit(
         "max_tokens": max_tokens,
         "keep_text": keep_text,
     }
-    changes = {field: value for field, value in given.items() if value is not None}
-    if bool(changes) == (publish is not None):
+    changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    limited = limits.given | _expiry(expires, days)
+    if bool(changes or limited or no_limits) == (publish is not None):
         raise InvalidRequest(
             parameter="edit", expected="say what to change, such as --name NAME; or --publish VERSION alone"
         )
@@ -135,6 +155,9 @@ def edit(
             if publish is not None:
                 changed = await opened.chatbots.publish(chatbot, publish)
             else:
+                if limited or no_limits:
+                    kept = {} if no_limits else to_json((await opened.chatbots.get(chatbot)).limits) or {}
+                    changes["limits"] = ChatbotLimits(**kept | limited)
                 changed = await opened.chatbots.change(chatbot, **changes)
         _print(changed, json)
 
@@ -181,6 +204,11 @@ def _text(given: str | None) -> str | None:
     raise ConfigurationError(setting="--instructions", problem=f"cannot read {given[1:]} ({problem})")
 
 
+def _expiry(expires: datetime | None, days: float | None) -> dict[str, Any]:
+    expires_at = end(expires, days)
+    return {} if expires_at is None else {"expires_at": expires_at // 1000}
+
+
 def _print(chatbot: Chatbot, json: bool) -> None:
     view = ChatbotView.of(chatbot)
     if json:
@@ -190,4 +218,8 @@ def _print(chatbot: Chatbot, json: bool) -> None:
         field: getattr(view, field) for field in view.__struct_fields__ if field != "object"
     }
     times = {"created_at": moment(view.created_at), "updated_at": moment(view.updated_at)}
+    if view.limits:
+        fields["limits"] = view.limits.text
+        if view.limits.expires_at is not None:
+            fields["expires_at"] = moment(view.limits.expires_at)
     print_fields(fields | times | {"model": view.model or "default"})

@@ -1,24 +1,20 @@
 """`upchatty keys …`"""
 
 import asyncio
-import time
 from datetime import datetime
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from cyclopts.validators import Number
 
 from upchatty.api.keys import CreatedKey, KeyView, key_fields
 from upchatty.auth import Scope
 from upchatty.cli.administration import administration, checked_name
+from upchatty.cli.limits import Days, LimitFlags, Limiting, end
 from upchatty.cli.output import JSON, CommonSettings, moment, print_json, print_table
-from upchatty.errors import InvalidRequest
+from upchatty.limits import Limits
 from upchatty.settings import Settings
 
 app = App(name="keys", help="Make, list and revoke API keys.")
-
-DAY_MS = 24 * 60 * 60 * 1000
-MOST_DAYS = 36_500  # a hundred years
 
 
 @app.command
@@ -29,7 +25,8 @@ def create(
     scope: Scope = "admin",
     chatbot: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     expires: datetime | None = None,
-    days: Annotated[float | None, Parameter(validator=Number(gt=0, lte=MOST_DAYS))] = None,
+    days: Days = None,
+    limits: Limiting = LimitFlags(),
     json: JSON = False,
     settings: CommonSettings = Settings(),
 ) -> None:
@@ -42,11 +39,13 @@ def create(
         expires: When it ends, such as 2030-12-31T12:00, in this machine's time zone; absent: never.
         days: In how many days it ends.
     """
-    expires_at = _end(expires, days)
+    expires_at = end(expires, days)
 
     async def run() -> None:
         async with administration(settings) as opened:
-            key, secret = await opened.keys.create(checked_name(name), scope, chatbot, expires_at)
+            key, secret = await opened.keys.create(
+                checked_name(name), scope, chatbot, expires_at, Limits(**limits.given)
+            )
         if json:
             print_json(CreatedKey(key=secret, **key_fields(key)))  # type: ignore[arg-type]
         else:
@@ -66,7 +65,7 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
             print_json(keys)
             return
         print_table(
-            ["ID", "NAME", "SCOPE", "CHATBOTS", "MADE", "EXPIRES"],
+            ["ID", "NAME", "SCOPE", "CHATBOTS", "MADE", "EXPIRES", "LIMITS"],
             [
                 (
                     k.id,
@@ -75,6 +74,7 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
                     ", ".join(k.chatbots) or "all",
                     moment(k.created_at),
                     moment(k.expires_at),
+                    k.limits and k.limits.text,
                 )
                 for k in keys
             ],
@@ -96,17 +96,3 @@ def revoke(key: str, /, *, settings: CommonSettings = Settings()) -> None:
             await opened.keys.revoke(key)
 
     asyncio.run(run())
-
-
-def _end(expires: datetime | None, days: float | None) -> int | None:
-    """When a key ends, unix milliseconds."""
-    now = time.time() * 1000
-    if days is not None:
-        if expires is not None:
-            raise InvalidRequest(parameter="--expires", expected="expected without --days")
-        return int(now + days * DAY_MS)
-    if expires is None:
-        return None
-    if expires.timestamp() * 1000 <= now:
-        raise InvalidRequest(parameter="--expires", expected=f"expected a time to come, got {expires}")
-    return int(expires.timestamp() * 1000)

@@ -99,7 +99,7 @@ class LlamaServer:
         try:
             self.context = await client.context_length()
         except BaseException:
-            await client.close()
+            client.close()
             self._process.kill()  # a child that loads but does not answer
             raise
         self._client = client
@@ -111,7 +111,7 @@ class LlamaServer:
             "token": token,
             "path": str(self._path),
             "threads": self._settings.threads or os.cpu_count() or 1,
-            "slots": self._settings.slots,
+            "slots": self._settings.local_slots,
             "context": self._settings.context,
             "gpu_layers": self._settings.gpu_layers,
             "speculation": self._settings.speculation,
@@ -140,7 +140,7 @@ class LlamaServer:
     async def _forget_client(self) -> None:
         client, self._client = self._client, None
         if client:
-            await client.close()
+            client.close()
 
     async def _end_process(self) -> None:
         loaded = self._client is not None

@@ -22,6 +22,7 @@ def _versions() -> Select[Any]:
         chatbot_versions.c.temperature,
         chatbot_versions.c.max_tokens,
         chatbot_versions.c.keep_text,
+        chatbot_versions.c.limits,
         chatbot_versions.c.created_at.label("updated_at"),
     ).join_from(chatbots, chatbot_versions)
 

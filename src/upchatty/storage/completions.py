@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Table, select
+from sqlalchemy import Column, Table, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from upchatty.storage.database import Database
@@ -28,3 +28,19 @@ async def add_completions(database: Database, records: Sequence[dict[str, Any]])
         if rows := [record for record in records if record["chatbot_id"] in present]:
             insert = INSERT[connection.dialect.name]
             await connection.execute(insert(completions).on_conflict_do_nothing(), rows)
+
+
+async def tokens_since(database: Database, owner: Column[Any], owner_id: str, since: int) -> int:
+    """How many tokens a key or a chatbot has used, prompts and answers together.
+
+    Args:
+        database: Where to look.
+        owner: The column that names it, `completions.c.key_id` or `completions.c.chatbot_id`.
+        owner_id: Its id.
+        since: From when on, unix milliseconds.
+    """
+    columns = completions.c
+    total = func.coalesce(func.sum(columns.prompt_tokens + columns.completion_tokens), 0)
+    query = select(total).where(owner == owner_id, columns.created_at >= since)
+    async with database.transaction() as connection:
+        return int((await connection.execute(query)).scalar_one())

@@ -47,10 +47,12 @@ async def count_keys(database: Database) -> int:
 
 
 async def restore_key(database: Database, key_id: str) -> None:
-    """Take back a key's revocation and expiry, and make it an admin key."""
+    """Take back a key's revocation, expiry and limits, and make it an admin key."""
     async with database.transaction() as connection:
         await connection.execute(
-            update(keys).where(keys.c.id == key_id).values(revoked_at=None, expires_at=None, scope="admin")
+            update(keys)
+            .where(keys.c.id == key_id)
+            .values(revoked_at=None, expires_at=None, limits=None, scope="admin")
         )
 
 

@@ -1,4 +1,4 @@
-"""Fakes and servers for tests, ours and those of programs that call UpChatty.
+"""An engine and UpChatty itself, both inside the test's event loop.
 
     async with ScriptedEngine() as engine:
         engine.script(ScriptedAnswer(pieces=["Good ", "morning."]))
