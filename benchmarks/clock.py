@@ -13,8 +13,7 @@ CLOCK_MONOTONIC, TFD_TIMER_ABSTIME = 1, 1
 
 
 class _Time(ctypes.Structure):
-    _fields_ = (("interval_s", ctypes.c_long), ("interval_ns", ctypes.c_long))
-    _fields_ += (("value_s", ctypes.c_long), ("value_ns", ctypes.c_long))
+    _fields_ = tuple((name, ctypes.c_long) for name in ("interval_s", "interval_ns", "value_s", "value_ns"))
 
 
 class PreciseTimer:

@@ -335,7 +335,6 @@ async def test_failure_before_the_first_byte(
         (ScriptedAnswer(ending="close"), 502, "closed the connection"),
         (ScriptedAnswer(ending="garbage"), 502, "no completion"),
         (ScriptedAnswer(ending="error"), 502, "scripted failure"),
-        (ScriptedAnswer(finish_reason=None), 502, "broke off"),
     ],
 )
 async def test_failure_in_mid_answer(

@@ -5,6 +5,8 @@ a server that falls behind cannot hide it. Throughput is left to wrk, which is q
 """
 
 import asyncio
+import collections
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,7 +65,9 @@ def mistake(answer: Answer, question: Question) -> str:
         return f"status {answer.status}: {bytes(answer.body[:300])!r}"
     body = bytes(answer.body)
     if question.stream:
-        events = [event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event.startswith(b"data: ")]
+        events = [
+            event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event.startswith(b"data: ")
+        ]
         if not events or events[-1].strip() != b"[DONE]":
             return f"a stream without its end: {body[-200:]!r}"
         chunks = [msgspec.json.decode(event, type=_Completion) for event in events[:-1]]
@@ -187,7 +191,9 @@ class Pool:
         except (OSError, msgspec.MsgspecError) as error:
             return str(error)
 
-    async def at_rate(self, question: Question, rate: float, number: int, patience: float = 60.0) -> list[Answer]:
+    async def at_rate(
+        self, question: Question, rate: float, number: int, patience: float = 60.0
+    ) -> list[Answer]:
         """Ask at a constant rate, whether answers come or not.
 
         Args:
@@ -199,45 +205,50 @@ class Pool:
         Returns:
             The answers in the order in which they were due; those that did not come have the status 0.
         """
-        request = self.target.request(question)
-        answers: list[Answer] = []
-        left = number
-        finished = asyncio.Event()
-
-        def done(_: Answer) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                finished.set()
-
-        async def on_new(answer: Answer) -> None:
-            try:
-                connection = await self.connection()
-            except OSError:
-                done(answer)
-            else:
-                connection.ask(request, answer, done)
-
-        def start() -> None:
-            while len(answers) < number and (due := began + len(answers) / rate) <= time.monotonic():
-                answers.append(Answer(due))
-                if self.idle:
-                    self.idle.pop().ask(request, answers[-1], done)
-                else:
-                    tasks.add(task := asyncio.create_task(on_new(answers[-1])))
-                    task.add_done_callback(tasks.discard)
-            if len(answers) < number:
-                self._timer.call_at(began + len(answers) / rate, start)
-
-        tasks: set[asyncio.Task[None]] = set()
-        began = time.monotonic() + 0.01
-        self._timer.call_at(began, start)
-        try:
+        asking = _AtRate(self, self._timer, self.target.request(question), rate, number)
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(number / rate + patience):
-                await finished.wait()
-        except TimeoutError:
-            pass
-        return answers
+                await asking.finished.wait()
+        return asking.answers
+
+
+class _AtRate:
+    """Sends a request again and again at a constant rate."""
+
+    def __init__(self, pool: Pool, timer: PreciseTimer, request: bytes, rate: float, number: int) -> None:
+        self.answers: list[Answer] = []
+        self.finished = asyncio.Event()
+        self._pool, self._timer = pool, timer
+        self._request, self._rate, self._left = request, rate, number
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._dues = collections.deque(time.monotonic() + 0.01 + each / rate for each in range(number))
+        timer.call_at(self._dues[0], self._send)
+
+    def _send(self) -> None:
+        while self._dues and self._dues[0] <= time.monotonic():
+            answer = Answer(self._dues.popleft())
+            self.answers.append(answer)
+            if self._pool.idle:
+                self._pool.idle.pop().ask(self._request, answer, self._done)
+            else:
+                task = asyncio.create_task(self._send_anew(answer))
+                self._connecting.add(task)
+                task.add_done_callback(self._connecting.discard)
+        if self._dues:
+            self._timer.call_at(self._dues[0], self._send)
+
+    async def _send_anew(self, answer: Answer) -> None:
+        try:
+            connection = await self._pool.connection()
+        except OSError:
+            self._done(answer)
+        else:
+            connection.ask(self._request, answer, self._done)
+
+    def _done(self, _: Answer) -> None:
+        self._left -= 1
+        if not self._left:
+            self.finished.set()
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -1,15 +1,19 @@
 """Installs what UpChatty is compared with, at first use, into a folder of its own that git ignores."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "peers"
 LITELLM = ["litellm[proxy]==1.106.2"]
 NAIVE = ["fastapi==0.165.0", "httpx==0.28.1", "uvicorn[standard]==0.54.0"]
-PORTKEY = "@portkey-ai/gateway@1.15.2"
+PORTKEY = {"@portkey-ai/gateway": "1.15.2"}
+# Portkey's streams fail with newer versions of this one, which it does not exclude.
+PORTKEY_OVERRIDES = {"@hono/node-server": "1.14.2"}
 
 
 class NotToBeHad(Exception):
@@ -38,14 +42,28 @@ def python_packages(name: str, requirements: list[str]) -> Path:
     return _finish(venv, requirements) / "bin"
 
 
-def node_package(name: str, package: str) -> Path:
-    """A folder with an npm package and what it needs; raises NotToBeHad."""
-    npm, folder = program("npm", None), FOLDER / name
+def node_packages(name: str, versions: Mapping[str, str], overrides: Mapping[str, str]) -> Path:
+    """A folder with npm packages.
+
+    Args:
+        name: The folder's name.
+        versions: The packages and their versions.
+        overrides: Versions of what they need themselves, where the newest will not do.
+
+    Returns:
+        The folder in which node_modules is.
+
+    Raises:
+        NotToBeHad: They cannot be installed.
+    """
+    npm, folder = program("npm", "npm"), FOLDER / name
+    package = json.dumps({"private": True, "dependencies": versions, "overrides": overrides})
     if _is_installed(folder, [package]):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _run([npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", package], name)
+    (folder / "package.json").write_text(package)
+    _run([npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts"], name)
     return _finish(folder, [package])
 
 

@@ -113,7 +113,7 @@ async def _chatbot_and_key(target: Target) -> Target:
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     async with aiohttp.ClientSession(headers=headers, raise_for_status=True) as session:
         while (await session.get(f"{url}/models", raise_for_status=False)).status != 200:
-            await asyncio.sleep(0.1)  # it listens, but is not ready yet
+            await asyncio.sleep(0.1)  # noqa: ASYNC110  # it listens, but is not ready yet
         async with session.post(f"{url}/chatbots", json={"name": "benchmark"}) as response:
             chatbot = (await response.json())["id"]
         key = {"name": "benchmark", "scope": "chat", "chatbots": [chatbot]}
@@ -129,7 +129,15 @@ def nginx(place: Place) -> Launch:
         NGINX_CONFIGURATION.format(folder=place.folder, upstream=place.upstream, port=place.port)
     )
     program = peers.program("nginx", "nginx-light")
-    command = [program, "-p", str(place.folder), "-e", str(place.folder / "error.log"), "-c", str(configuration)]
+    command = [
+        program,
+        "-p",
+        str(place.folder),
+        "-e",
+        str(place.folder / "error.log"),
+        "-c",
+        str(configuration),
+    ]
     return Launch(command, Target("nginx", place.port))
 
 
@@ -148,7 +156,11 @@ def litellm(place: Place) -> Launch:
     )
     command = [str(programs / "litellm"), "--config", str(configuration), "--host", "127.0.0.1"]
     command += ["--port", str(place.port), "--num_workers", "1"]
-    environment = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+    environment = {
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_TELEMETRY": "False",
+    }
     return Launch(
         command,
         Target("LiteLLM", place.port, headers={"Authorization": f"Bearer {PEER_KEY}"}),
@@ -158,7 +170,7 @@ def litellm(place: Place) -> Launch:
 
 def portkey(place: Place) -> Launch:
     """Portkey's gateway under node; it is told with every request where to go."""
-    folder = peers.node_package("portkey", peers.PORTKEY)
+    folder = peers.node_packages("portkey", peers.PORTKEY, peers.PORTKEY_OVERRIDES)
     start = folder / "node_modules/@portkey-ai/gateway/build/start-server.js"
     command = [peers.program("node", "nodejs"), str(start), f"--port={place.port}", "--headless"]
     headers = {
@@ -225,7 +237,7 @@ class Process:
     def cpu_seconds(self) -> float:
         """CPU time taken so far, in user and in system mode."""
         times = [process.cpu_times() for process in self._all()]
-        return sum(each.user + each.system for each in times)
+        return sum((each.user + each.system for each in times), 0.0)
 
     def resident_bytes(self) -> int:
         """Resident memory."""

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmana
 from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvicorn
@@ -17,12 +17,14 @@ from filelock import FileLock, Timeout
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from upchatty.api.access_log import new_request_id
+from upchatty.api.caller import WHEN_LOST, WhenLost
 from upchatty.api.routes import build_api
 from upchatty.api.services import Services
 from upchatty.auth import Keys
 from upchatty.chat.account import Recorder
 from upchatty.chat.answer import Answering
 from upchatty.chat.chatbots import Chatbot, Chatbots
+from upchatty.chat.limits import Limiter
 from upchatty.engines.download import Progress
 from upchatty.engines.files import ModelFiles
 from upchatty.engines.pool import Pool
@@ -30,6 +32,7 @@ from upchatty.errors import ConfigurationError, DataFolderInUse
 from upchatty.logs import configure_logs
 from upchatty.metrics import Metrics
 from upchatty.settings import Settings
+from upchatty.storage.counters import Counters
 from upchatty.storage.database import Database
 
 if TYPE_CHECKING:
@@ -95,7 +98,9 @@ async def open_services(settings: Settings, progress: Progress | None = None) ->
         stack.push_async_callback(recorder.close)
         stack.push_async_callback(pool.stop)
         recorder.start()
-        answering = Answering(administration.chatbots, pool, recorder)
+        limiter = Limiter(_counters(settings.limits_url), administration.database, metrics)
+        stack.push_async_callback(limiter.close)
+        answering = Answering(administration.chatbots, pool, recorder, limiter)
         yield Services(
             settings,
             metrics,
@@ -111,9 +116,18 @@ async def open_services(settings: Settings, progress: Progress | None = None) ->
 def _tracer(url: str | None) -> "Tracer | None":
     """What makes traces, where there is a collector for them.
 
-    Imported here only: it takes half a second and 12 MiB, which a server without a collector is spared.
+    Imported here only: it takes half a second or more and 8 MiB, which a server without a collector is
+    spared.
     """
     return import_module("upchatty.tracing").Tracer(url) if url else None
+
+
+def _counters(url: str) -> Counters:
+    """Where limits are counted. Redis' client is imported here only: it takes half a second and 25 MiB."""
+    if not url:
+        return Counters()
+    counters: Counters = import_module("upchatty.storage.shared_counters").SharedCounters(url)
+    return counters
 
 
 async def run_server(settings: Settings, announce: Callable[[Running], None], progress: Progress) -> None:
@@ -259,7 +273,21 @@ def _uvicorn_config(services: Services) -> uvicorn.Config:
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with the contract's error body where a request is no HTTP at all."""
+    """uvicorn's HTTP, which tells a request at once that its caller has left, and has the contract's error
+    body where a request is no HTTP at all."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._when_lost: WhenLost = set()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"][WHEN_LOST] = self._when_lost
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for tell in [*self._when_lost]:
+            tell()
 
     def send_400_response(self, msg: str) -> None:
         body = msgspec.json.encode({"error": "this is not a valid HTTP request"})

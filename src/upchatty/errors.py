@@ -62,6 +62,7 @@ class RequestError(UpChattyError):
     def __init__(self, *, retry_after: float | None = None, **fields: object) -> None:
         super().__init__(**fields)
         self.headers = dict(self.fixed_headers)
+        self.retry_after = retry_after
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 

@@ -13,6 +13,7 @@ import msgspec
 from litestar import Request
 from litestar.datastructures import State
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
+from litestar.types import Receive
 from msgspec import inspect
 from msgspec.inspect import type_info
 
@@ -45,12 +46,7 @@ class JSONRequest(Request[Caller, None, State]):
             UnsupportedMediaType: It is not declared to be JSON.
             InvalidRequest: It is not JSON, or not of the type.
         """
-        media_type = self.headers.get("content-type", "nothing")
-        if media_type.partition(";")[0].strip().lower() != "application/json":
-            raise UnsupportedMediaType(got=media_type)
-        encoding = self.headers.get("content-encoding", "")
-        if encoding.lower() not in ("", "identity"):
-            raise UnsupportedMediaType(got=f"application/json in {encoding}")
+        check_is_json(dict(self.scope["headers"]))
         field = self.route_handler.parsed_data_field
         assert field is not None  # only handlers that take data ask for it
         return decode(await self.body(), field.annotation)
@@ -65,6 +61,47 @@ class JSONRequest(Request[Caller, None, State]):
             return await super().body()
         except RequestEntityTooLarge:
             raise BodyTooLarge(limit=self.route_handler.resolve_request_max_body_size()) from None
+
+
+def check_is_json(headers: dict[bytes, bytes]) -> None:
+    """Raise UnsupportedMediaType unless a request with these headers, in lower case, declares a JSON body."""
+    media_type = headers.get(b"content-type", b"nothing")
+    if (
+        media_type != b"application/json"
+        and media_type.partition(b";")[0].strip().lower() != b"application/json"
+    ):
+        raise UnsupportedMediaType(got=media_type.decode("latin-1"))
+    encoding = headers.get(b"content-encoding", b"").lower()
+    if encoding not in (b"", b"identity"):
+        raise UnsupportedMediaType(got=f"application/json in {encoding.decode('latin-1')}")
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: int) -> bytes:
+    """A request's body.
+
+    Args:
+        headers: The request's, in lower case.
+        receive: Its ASGI channel.
+        most_bytes: Its length at most.
+
+    Raises:
+        BodyTooLarge: It is longer.
+        InvalidRequest: There is none, or it broke off.
+    """
+    body, more = b"", True
+    if int(headers.get(b"content-length", b"0")) > most_bytes:
+        raise BodyTooLarge(limit=most_bytes)
+    while more:
+        message: Any = await receive()
+        if message["type"] != "http.request":
+            raise InvalidRequest(parameter="body", expected="it broke off")
+        body += message["body"]
+        more = message["more_body"]
+        if len(body) > most_bytes:
+            raise BodyTooLarge(limit=most_bytes)
+    if not body:
+        raise InvalidRequest(parameter="body", expected="expected JSON, and there is none")
+    return body
 
 
 def decode(body: bytes, body_type: type[Body]) -> Body:

@@ -1,48 +1,46 @@
 """Noticing at once that the caller has gone away."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable
 from types import TracebackType
 
-from litestar.types import Receive
+from litestar.types import Scope
+
+WhenLost = set[Callable[[], None]]
+WHEN_LOST = "when_lost"
+"""Under this name a request's state has the set of what the server calls when the connection is lost."""
+
+
+class CallerLeft(Exception):
+    """The caller has gone away."""
 
 
 class CallerWatch:
-    """A block that is cancelled when the caller disconnects; the cancellation ends with the block.
+    """A block that is cancelled when the caller disconnects, and then ends with CallerLeft.
 
     Args:
-        receive: The request's ASGI channel, its body read already.
-        meanwhile: Called now and then while the caller is there; says in how many seconds again.
+        scope: The request's.
     """
 
-    def __init__(self, receive: Receive, meanwhile: Callable[[], Awaitable[float]] | None = None) -> None:
-        self._receive = receive
-        self._meanwhile = meanwhile
-        self._watch: asyncio.Task[None] | None = None
+    def __init__(self, scope: Scope) -> None:
+        self._when_lost: WhenLost = scope["state"][WHEN_LOST]
         self._watched: asyncio.Task[None] | None = None
-        self.gone = False
+        self._gone = False
 
-    async def __aenter__(self) -> "CallerWatch":
+    def __enter__(self) -> None:
         self._watched = asyncio.current_task()
-        self._watch = asyncio.create_task(self._run())
-        return self
+        self._when_lost.add(self._leave)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        assert self._watch and self._watched
-        self._watch.cancel()
-        if not self.gone:
-            return False
-        self._watched.uncancel()
-        return kind is asyncio.CancelledError
+    ) -> None:
+        self._when_lost.discard(self._leave)
+        if self._gone and self._watched:
+            self._watched.uncancel()
+            if kind is asyncio.CancelledError:
+                raise CallerLeft from None
 
-    async def _run(self) -> None:
-        while not self.gone:
-            pause = await self._meanwhile() if self._meanwhile else None
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    self.gone = (await self._receive())["type"] == "http.disconnect"
+    def _leave(self) -> None:
+        self._gone = True
         assert self._watched
         self._watched.cancel()

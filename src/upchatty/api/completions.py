@@ -1,166 +1,30 @@
 """`POST /chat/completions`: OpenAI's request in, an answer out, whole or streamed.
 
+It stands before the framework, whose layers would take a third of a request's time: docs/benchmarks.md.
+
 Protocol: https://platform.openai.com/docs/api-reference/chat
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Literal
 
 import msgspec
-from litestar import Response, post
+import structlog
+from litestar import post
 from litestar.types import Receive, Scope, Send
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from upchatty.api.body import NO_NUL, JSONRequest
-from upchatty.api.caller import CallerWatch
-from upchatty.api.errors import with_errors
+from upchatty.api.body import check_is_json, decode, read_body
+from upchatty.api.caller import CallerLeft, CallerWatch
+from upchatty.api.completion_request import ChatCompletionRequest
+from upchatty.api.errors import send_error, with_errors
 from upchatty.api.openapi import StreamedOperation
 from upchatty.api.services import Services
 from upchatty.api.stream import Chunks, EventStream
-from upchatty.auth import Caller
-from upchatty.chat.answer import Answer, FinishReason, Question
-from upchatty.engines.dialect import Message, Usage
-from upchatty.errors import InvalidRequest, RequestError
+from upchatty.chat.answer import Answer, FinishReason
+from upchatty.engines.dialect import Usage
+from upchatty.errors import InternalError, InvalidRequest, RequestError
 
-if TYPE_CHECKING:
-    from upchatty.tracing import Trace  # which is costly to import
-
-Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
-TokenLimit = Annotated[int, Meta(ge=1)]  # no upper limit: what is too large is cut
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Text = Annotated[str, Meta(extra_json_schema={"pattern": NO_NUL})]
-StopText = Annotated[str, Meta(min_length=1)]  # an empty one would end every answer before it begins
-Empty = Meta(max_length=0)
-PASSED_ON = ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
-
-
-class TextPart(Struct):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class UserMessage(Struct, tag_field="role", tag="user"):
-    """What a person says."""
-
-    content: Text | list[TextPart]
-
-
-class AssistantMessage(Struct, tag_field="role", tag="assistant"):
-    """What the chatbot said."""
-
-    content: Text | list[TextPart] | None = None
-    tool_calls: Annotated[list[Any], Empty] | None = None
-
-
-class SystemMessage(Struct, tag_field="role", tag="system"):
-    """What the caller's program adds to the chatbot's instructions."""
-
-    content: Text | list[TextPart]
-
-
-class DeveloperMessage(Struct, tag_field="role", tag="developer"):
-    """The same, by OpenAI's newer name."""
-
-    content: Text | list[TextPart]
-
-
-ChatMessage = UserMessage | AssistantMessage | SystemMessage | DeveloperMessage
-ROLES = {
-    UserMessage: "user",
-    AssistantMessage: "assistant",
-    SystemMessage: "system",
-    DeveloperMessage: "system",
-}
-
-
-class StreamOptions(Struct, kw_only=True):
-    """Options of a streamed answer."""
-
-    include_usage: bool | None = None
-
-
-class JSONSchemaFormat(Struct, kw_only=True):
-    """A schema that the answer follows."""
-
-    name: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Struct, kw_only=True):
-    """The answer's format."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchemaFormat | None = None
-
-    def for_engine(self) -> dict[str, Any]:
-        """The same as plain values.
-
-        Raises:
-            InvalidRequest: There is no schema where there has to be one.
-        """
-        if self.type == "json_object":
-            return {"type": "json_object"}
-        if self.json_schema is None or self.json_schema.schema is None:
-            raise InvalidRequest(
-                parameter="response_format.json_schema.schema", expected="expected a JSON schema"
-            )
-        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.json_schema.schema}}
-
-
-class ChatCompletionRequest(Struct, kw_only=True):
-    """A question to a chatbot. What it does not list is ignored."""
-
-    model: Annotated[str, Meta(description="The chatbot's id, `bot_…`, or `bot_…@7` for its version 7")]
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    temperature: Fraction | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: TokenLimit | None = None
-    max_completion_tokens: TokenLimit | None = None
-    top_p: Fraction | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=4)] | None = None
-    seed: Seed | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    response_format: ResponseFormat | None = None
-
-    # Known parameters that would change the answer, and are not built: only their neutral values pass.
-    n: Annotated[int, Meta(ge=1, le=1)] | None = None
-    logprobs: Annotated[bool, Meta(extra_json_schema={"const": False})] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, Any], Empty] | None = None
-    tools: Annotated[list[Any], Empty] | None = None
-    functions: Annotated[list[Any], Empty] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = None
-    audio: None = None
-    web_search_options: None = None
-
-    def question(self) -> Question:
-        """The request in the domain's terms.
-
-        Raises:
-            InvalidRequest: A parameter asks for what is not built.
-        """
-        if self.logprobs:
-            raise InvalidRequest(parameter="logprobs", expected="log probabilities are not available")
-        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
-        parameters = {
-            name: value for name in PASSED_ON if (value := getattr(self, name)) is not None and value != []
-        }
-        if self.response_format and self.response_format.type != "text":
-            parameters["response_format"] = self.response_format.for_engine()
-        return Question(
-            chatbot=self.model,
-            messages=[_message(message) for message in self.messages],
-            max_tokens=min(limits, default=None),
-            parameters=parameters,
-            streamed=bool(self.stream),
-        )
+log = structlog.get_logger()
 
 
 class AssistantAnswer(Struct, kw_only=True):
@@ -203,62 +67,72 @@ class ChatCompletion(Struct, kw_only=True):
     usage: TokenUsage
 
 
-class CompletionResponse(Response[ChatCompletion]):
-    """Answers while it is sent: only then is there somebody who can go away.
+class Completions:
+    """The ASGI application that answers.
 
     Args:
-        caller: Who asks.
-        request: What.
-        services: Who answers.
-        trace: Of the request, where it is traced.
+        services: What it works with.
     """
 
-    def __init__(
-        self, caller: Caller, request: ChatCompletionRequest, services: Services, trace: "Trace | None"
-    ) -> None:
-        super().__init__(content=None)  # type: ignore[arg-type]  # there is none yet
-        self._caller = caller
-        self._request = request
-        self._question = request.question()
+    def __init__(self, services: Services) -> None:
+        self._keys = services.keys
         self._answering = services.answering
-        self._trace = trace
+        self._most_bytes = services.settings.max_body_bytes
 
-    def to_asgi_response(self, *_: Any, **__: Any) -> Any:
-        """Litestar's way to hand over to an ASGI application of one's own."""
-        return self._stream if self._question.streamed else self._whole
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        watch = CallerWatch(scope)
+        events = EventStream(send)
+        try:
+            with watch:
+                await self._answer(scope, receive, send, events)
+        except RequestError as error:
+            await _tell(error, events, send)
+        except CallerLeft:
+            pass
+        except Exception as error:
+            log.error("internal error", path=scope["path"], exc_info=error)
+            await _tell(InternalError(), events, send)
+        finally:
+            events.close()
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = None
-        async with CallerWatch(receive), self._answering.answer(self._caller, self._question, self._trace) as answer:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, events: EventStream) -> None:
+        headers = dict(scope["headers"])
+        scope["user"] = caller = await self._keys.identify(
+            headers.get(b"authorization", b"").decode("latin-1")
+        )
+        scope["auth"] = caller.key_id
+        check_is_json(headers)
+        request = decode(await read_body(headers, receive, self._most_bytes), ChatCompletionRequest)
+        question = request.question(_patience(headers))
+        if question.streamed:
+            events.open()
+        async with self._answering.answer(caller, question, scope["state"].get("trace")) as answer:
+            if question.streamed:
+                await self._stream(answer, request, events)
+                return
             async for _ in answer.pieces():
                 pass
+            answer.close()  # the account is complete
             body = msgspec.json.encode(_completion(answer))
-        if body is None:  # the caller has gone
-            return
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        length = (b"content-length", b"%d" % len(body))
+        own = [(b"content-type", b"application/json"), length, *answer.headers]
+        if answer.completion.estimated:
+            own.append((b"x-upchatty-usage", b"estimated"))
+        await send({"type": "http.response.start", "status": 200, "headers": own})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = EventStream(send)
-        async with CallerWatch(receive, events.keep_alive):
-            try:
-                await self._send_pieces(events)
-            except RequestError as error:
-                if not events.started:
-                    raise
-                await events.fail(str(error))
-
-    async def _send_pieces(self, events: EventStream) -> None:
-        async with self._answering.answer(self._caller, self._question, self._trace) as answer:
-            chunks = Chunks(answer.id, answer.created, self._request.model)
-            first = chunks.role()
-            async for texts in answer.pieces():
-                await events.send(first + b"".join(map(chunks.content, texts)))
-                first = b""
-            last = chunks.finish(answer.finish_reason)
-            if self._request.stream_options and self._request.stream_options.include_usage:
-                last += chunks.usage(msgspec.json.encode(TokenUsage.of(answer.usage)))
+    async def _stream(self, answer: Answer, request: ChatCompletionRequest, events: EventStream) -> None:
+        chunks = Chunks(answer.id, answer.created, request.model)
+        first = chunks.role()
+        events.headers += answer.headers
+        async for texts in answer.pieces():
+            await events.send(first + b"".join(map(chunks.content, texts)))
+            first = b""
+        answer.close()  # the account is complete
+        last = chunks.finish(answer.finish_reason)
+        if request.stream_options and request.stream_options.include_usage:
+            last += chunks.usage(msgspec.json.encode(TokenUsage.of(answer.usage)))
         await events.finish(first + last)
 
 
@@ -266,20 +140,32 @@ class CompletionResponse(Response[ChatCompletion]):
     "/chat/completions",
     status_code=200,
     operation_class=StreamedOperation,
-    responses=with_errors(404, 413, 415, 502, 504),
+    responses=with_errors(404, 413, 415, 429, 502, 504),
 )
-async def create_completion(
-    data: ChatCompletionRequest, request: JSONRequest, services: Services
-) -> Response[ChatCompletion]:
+async def create_completion(data: ChatCompletionRequest) -> ChatCompletion:
     """Ask a chatbot. With `stream`, the answer comes as server-sent events."""
-    return CompletionResponse(request.user, data, services, request.scope["state"].get("trace"))
+    raise AssertionError("Completions stands before this handler, which describes it")
 
 
-def _message(message: ChatMessage) -> Message:
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    return {"role": ROLES[type(message)], "content": content or ""}
+async def _tell(error: RequestError, events: EventStream, send: Send) -> None:
+    """Tell the caller what went wrong, in the way that is still open."""
+    if events.started:
+        await events.fail(str(error))
+    else:
+        await send_error(error, send)
+
+
+def _patience(headers: dict[bytes, bytes]) -> float | None:
+    """Seconds that the caller waits for the first token, by X-Request-Timeout."""
+    if (value := headers.get(b"x-request-timeout")) is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidRequest(parameter="X-Request-Timeout", expected="expected a number of seconds above 0")
+    return seconds
 
 
 def _completion(answer: Answer) -> ChatCompletion:

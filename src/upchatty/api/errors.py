@@ -2,6 +2,7 @@
 
 from http import HTTPStatus
 
+import msgspec
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import (
@@ -11,7 +12,7 @@ from litestar.exceptions import (
     ValidationException,
 )
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.types import ExceptionHandlersMap
+from litestar.types import ExceptionHandlersMap, Send
 from msgspec import Struct
 
 from upchatty.api.body import in_words
@@ -47,6 +48,20 @@ def error_response(
 ) -> Response[dict[str, str]]:
     """The contract's error body."""
     return Response({"error": sentence}, status_code=status, headers=headers, media_type="application/json")
+
+
+async def send_error(error: RequestError, send: Send) -> None:
+    """The same, without the framework.
+
+    Args:
+        error: What went wrong.
+        send: The request's ASGI channel.
+    """
+    body = msgspec.json.encode({"error": str(error)})
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def on_request_error(_: Request, error: RequestError) -> Response[dict[str, str]]:  # type: ignore[type-arg]

@@ -11,6 +11,7 @@ from litestar.types import ASGIApp, Middleware, Receive, Scope, Send
 from upchatty.api import chatbots, completions, keys, openapi, operations, usage
 from upchatty.api.access_log import AccessLog
 from upchatty.api.body import JSONRequest
+from upchatty.api.completions import Completions
 from upchatty.api.errors import EXCEPTION_HANDLERS
 from upchatty.api.head import HeadAsGet
 from upchatty.api.services import Services
@@ -56,8 +57,14 @@ def build_api(services: Services) -> ASGIApp:
         plugins=[structs],
         logging_config=None,
     )
-    traced = {BASE_PATH + path for path in completions.create_completion.paths}
-    return AccessLog(HeadAsGet(litestar), services.metrics, services.tracer, traced)
+    answers, others, [path] = Completions(services), HeadAsGet(litestar), completions.create_completion.paths
+    completions_path = BASE_PATH + path
+
+    async def api(scope: Scope, receive: Receive, send: Send) -> None:
+        is_completion = scope["path"] == completions_path and scope.get("method") == "POST"
+        await (answers if is_completion else others)(scope, receive, send)
+
+    return AccessLog(api, services.metrics, services.tracer, [completions_path])
 
 
 def _with_options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:

@@ -3,7 +3,7 @@
 Everything that stays the same in a stream is encoded once: a chunk is its text between two constants.
 """
 
-import time
+import asyncio
 
 import msgspec
 from litestar.types import Send
@@ -56,7 +56,7 @@ class Chunks:
 
 class EventStream:
     """A response of events. Its status goes out with the first of them, so that until then an error
-    can still be a plain response.
+    can still be a plain response. While nothing is sent, a comment goes out every ten seconds.
 
     Args:
         send: The request's ASGI channel.
@@ -64,24 +64,21 @@ class EventStream:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._written_at = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._keeping_alive: asyncio.Task[None] | None = None
+        self.headers = list(HEADERS)
+        """Sent with the status."""
         self.started = False
+
+    def open(self) -> None:
+        """Begin to keep the stream alive."""
+        self._timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
 
     async def send(self, events: bytes) -> None:
         """Send events at once."""
         await self._write(events, more=True)
-
-    async def keep_alive(self) -> float:
-        """Send a comment if nothing was sent for ten seconds.
-
-        Returns:
-            The seconds until the next one may be due.
-        """
-        due = self._written_at + KEEP_ALIVE_SECONDS - time.monotonic()
-        if due > 0:
-            return due
-        await self._write(KEEP_ALIVE, more=True)
-        return KEEP_ALIVE_SECONDS
 
     async def finish(self, events: bytes) -> None:
         """Send the last events, and the end."""
@@ -91,9 +88,23 @@ class EventStream:
         """Send the error event, after which a stream just ends."""
         await self._write(b"data: " + _encode({"error": sentence}) + b"\n\n", more=False)
 
+    def close(self) -> None:
+        """Keep it alive no longer."""
+        if self._timer:
+            self._timer.cancel()
+        if self._keeping_alive:
+            self._keeping_alive.cancel()
+
+    def _keep_alive(self) -> None:
+        due = self._written_at + KEEP_ALIVE_SECONDS
+        if self._loop.time() >= due:
+            self._keeping_alive = self._loop.create_task(self._write(KEEP_ALIVE, more=True))
+            due = self._loop.time() + KEEP_ALIVE_SECONDS
+        self._timer = self._loop.call_at(due, self._keep_alive)
+
     async def _write(self, body: bytes, *, more: bool) -> None:
-        self._written_at = time.monotonic()
+        self._written_at = self._loop.time()
         if not self.started:
             self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await self._send({"type": "http.response.start", "status": 200, "headers": self.headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from uuid_utils import uuid7
@@ -11,9 +11,10 @@ from uuid_utils import uuid7
 from upchatty.auth import Caller
 from upchatty.chat.account import CompletionRecord, Recorder
 from upchatty.chat.chatbots import Chatbot, Chatbots
+from upchatty.chat.limits import Admission, Limiter
 from upchatty.chat.prompt import build_prompt
 from upchatty.engines.client import Prompt
-from upchatty.engines.dialect import Completion, Message, Usage
+from upchatty.engines.dialect import Completion, Message, Usage, estimated_tokens
 from upchatty.engines.model import RETRIED, Generation, Model
 from upchatty.engines.pool import Pool
 from upchatty.errors import Forbidden, InvalidRequest, RequestError
@@ -54,12 +55,18 @@ class Answer:
     Args:
         chatbot: Which chatbot answers.
         question: What was asked.
+        model: Which model answers; another one, should it come to that.
         asked_at: When, on the monotonic clock.
         trace: Of the request, where it is traced.
     """
 
     def __init__(
-        self, chatbot: Chatbot, question: Question, asked_at: float, trace: "Trace | None" = None
+        self,
+        chatbot: Chatbot,
+        question: Question,
+        model: Model,
+        asked_at: float,
+        trace: "Trace | None" = None,
     ) -> None:
         self.id = f"chatcmpl-{uuid7().hex}"
         self.created_ms = time.time_ns() // 1_000_000
@@ -72,8 +79,7 @@ class Answer:
         """The engine's account, true at every moment."""
         self.headers: list[tuple[bytes, bytes]] = []
         """What the caller is told beside the answer."""
-        self.model: Model | None = None
-        """Which model answers."""
+        self.model = model
         self.fallback_for: str | None = None
         """The model that should have."""
         self.queue_seconds = 0.0
@@ -130,7 +136,7 @@ class Answer:
         Raises:
             RequestError: The engine failed.
         """
-        assert self._generation and self.model
+        assert self._generation
         between_tokens, came_at = self.model.metrics.between_tokens, 0.0
         while (texts := await self._generation.next()) is not None:
             now = time.monotonic()
@@ -159,12 +165,14 @@ class Answering:
         chatbots: Who can be asked.
         pool: The engines.
         recorder: Keeps account.
+        limiter: Refuses what is beyond the limits.
     """
 
-    def __init__(self, chatbots: Chatbots, pool: Pool, recorder: Recorder) -> None:
+    def __init__(self, chatbots: Chatbots, pool: Pool, recorder: Recorder, limiter: Limiter) -> None:
         self._chatbots = chatbots
         self._pool = pool
         self._recorder = recorder
+        self._limiter = limiter
 
     @asynccontextmanager
     async def answer(
@@ -179,7 +187,8 @@ class Answering:
 
         Raises:
             NotFound: There is no such chatbot.
-            Forbidden: The caller's key does not open it.
+            Forbidden: The caller's key does not open it, or it has expired.
+            RateLimited: A limit of the key or of the chatbot is reached.
             PromptTooLong: The newest message does not fit into the context.
             Unavailable: The engine is being started, or busy.
         """
@@ -187,11 +196,16 @@ class Answering:
         chatbot = await self._chatbots.get(question.chatbot)
         if not caller.may_call(chatbot.id):
             raise Forbidden(problem="this key does not open that chatbot")
-        answer = Answer(chatbot, question, asked_at, trace)
+        wanted = self._pool.model(chatbot.model)
+        if admission := await self._admit(caller, chatbot, question, wanted):
+            question = replace(question, max_tokens=admission.max_tokens)
+        answer = Answer(chatbot, question, wanted, asked_at, trace)
+        if admission and question.streamed:  # whose headers go out before it is known what it takes
+            answer.headers += admission.headers
         ended: str | None = CANCELLED
         failure: Exception | None = None
         try:
-            await self._begin(answer)
+            await self._begin(answer, wanted)
             yield answer
             ended = answer.finish_reason
         except InvalidRequest:
@@ -202,6 +216,10 @@ class Answering:
             raise
         finally:
             answer.close()
+            if admission:
+                admission.settle(answer.usage.prompt_tokens + answer.usage.completion_tokens)
+                if not question.streamed:
+                    answer.headers += admission.headers
             if ended:
                 self._account(caller, answer, ended)
                 if trace:
@@ -209,31 +227,44 @@ class Answering:
                         completion=answer.id,
                         chatbot=chatbot.id,
                         version=chatbot.version,
-                        model=answer.model.name if answer.model else None,
+                        model=answer.model.name,
                         finish_reason=ended,
                         error=failure,
                     )
 
-    async def _begin(self, answer: Answer) -> None:
-        """Have the chatbot's model begin to answer, or the one that takes its place."""
-        wanted = self._pool.model(answer.chatbot.model)
-        patience = min(
-            wanted.settings.deadline_seconds, answer.question.patience or wanted.settings.deadline_seconds
+    async def _admit(
+        self, caller: Caller, chatbot: Chatbot, question: Question, model: Model
+    ) -> Admission | None:
+        """What the limits allow; None where there are none."""
+        limits = await self._chatbots.limits(chatbot)
+        if caller.limits is None and limits is None:
+            return None
+        prompt = estimated_tokens([{"role": "system", "content": chatbot.instructions}, *question.messages])
+        return await self._limiter.admit(
+            caller,
+            chatbot.id,
+            limits,
+            prompt_tokens=min(prompt, model.context or prompt),
+            max_tokens=min(chatbot.max_tokens, question.max_tokens or chatbot.max_tokens),
         )
-        deadline = answer.asked_at + patience
-        for model in self._pool.with_fallbacks(answer.chatbot.model):
+
+    async def _begin(self, answer: Answer, wanted: Model) -> None:
+        """Have the chatbot's model begin to answer, or one that takes its place."""
+        longest = wanted.settings.deadline_seconds
+        deadline = answer.asked_at + min(longest, answer.question.patience or longest)
+        models = self._pool.with_fallbacks(wanted)
+        for place, model in enumerate(models, 1):
+            prompt = await self._prompt(answer.chatbot, answer.question, model)
             try:
-                await answer.begin(
-                    model, await self._prompt(answer.chatbot, answer.question, model), deadline
-                )
-            except RETRIED:
-                if not model.settings.fallback or time.monotonic() >= deadline:
-                    raise
-            else:
+                await answer.begin(model, prompt, deadline)
                 break
-        if model is not wanted:
+            except RETRIED:
+                if place == len(models) or time.monotonic() >= deadline:
+                    raise
+        if answer.model is not wanted:
+            wanted.metrics.fallbacks(answer.model.name).inc()
             answer.fallback_for = wanted.name
-            answer.headers.append((b"x-upchatty-fallback", model.name.encode()))
+            answer.headers.append((b"x-upchatty-fallback", answer.model.name.encode()))
 
     async def _prompt(self, chatbot: Chatbot, question: Question, model: Model) -> Prompt:
         max_tokens = min(chatbot.max_tokens, question.max_tokens or chatbot.max_tokens)
@@ -249,7 +280,6 @@ class Answering:
 
     def _account(self, caller: Caller, answer: Answer, ended: str) -> None:
         usage, chatbot, model = answer.usage, answer.chatbot, answer.model
-        assert model
         record = CompletionRecord(
             id=answer.id,
             chatbot_id=chatbot.id,

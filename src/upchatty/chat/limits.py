@@ -12,7 +12,7 @@ The headers are OpenAI's: https://platform.openai.com/docs/guides/rate-limits
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from math import ceil
@@ -30,19 +30,10 @@ from upchatty.storage.counters import Counters, Leases, Minute
 from upchatty.storage.database import Database
 from upchatty.storage.tables import completions
 
-BYTES_PER_TOKEN = 4  # about, in most languages and vocabularies
-TOKENS_PER_MESSAGE = 4  # its role and its ends
 SOON = 1.0  # seconds: running answers give back what they do not need, nobody knows when
 CLOSE_SECONDS = 3.0
 
 Headers = list[tuple[bytes, bytes]]
-
-
-def estimated_tokens(messages: Iterable[Mapping[str, str]]) -> int:
-    """About how many tokens a prompt takes, without a tokenizer."""
-    return sum(
-        len(message["content"].encode()) // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE for message in messages
-    )
 
 
 class Period(NamedTuple):
@@ -132,27 +123,21 @@ class Admission:
         self.owners = owners
         self.max_tokens = 0
         """Tokens that the answer may take."""
-        self.reserved = 0
-        """Tokens that prompt and answer may take together."""
+        self.tokens = 0
+        """Tokens that prompt and answer may take together; once it is settled, those that they took."""
         self.states: list[State] = []
         self.requests: list[State] = []
         self._limiter = limiter
-        self._settled = False
 
-    def headers(self, total_tokens: int | None = None) -> Headers:
-        """OpenAI's headers on the tightest limits.
-
-        Args:
-            total_tokens: What the request took, once it is known.
-        """
-        tokens = self.reserved if total_tokens is None else total_tokens
-        return _headers(self.requests, 1) + _headers(self.states, tokens)
+    @property
+    def headers(self) -> Headers:
+        """OpenAI's headers on the tightest limits, as they are after this request."""
+        return _headers(self.requests, 1) + _headers(self.states, self.tokens)
 
     def settle(self, total_tokens: int) -> None:
-        """End it: count what it took, give back the rest. Only the first call counts."""
-        if not self._settled:
-            self._settled = True
-            self._limiter.settle(self, total_tokens)
+        """End it: count what it took, give back the rest. To be called once, however it ended."""
+        self.tokens = total_tokens
+        self._limiter.settle(self)
 
 
 class Limiter:
@@ -209,9 +194,9 @@ class Limiter:
             raise
         return admission
 
-    def settle(self, admission: Admission, total_tokens: int) -> None:
+    def settle(self, admission: Admission) -> None:
         """Begin to count what a request took; the next one is not admitted before it is counted."""
-        task = asyncio.create_task(self._settle(admission, total_tokens))
+        task = asyncio.create_task(self._settle(admission))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
 
@@ -241,10 +226,10 @@ class Limiter:
             raise self._refused(admission, refusals)
         left = min((state.left for state in admission.states), default=prompt_tokens + max_tokens)
         admission.max_tokens = min(max_tokens, left - prompt_tokens)
-        admission.reserved = prompt_tokens + admission.max_tokens
+        admission.tokens = prompt_tokens + admission.max_tokens
         for owner in admission.owners:
             if owner.needs_lease:
-                await self._counters.lower(owner.id, admission.lease, admission.reserved)
+                await self._counters.lower(owner.id, admission.lease, admission.tokens)
 
     async def _read(self, admission: Admission, owner: Owner, reserved: int) -> None:
         """What an owner's limits say now."""
@@ -281,22 +266,22 @@ class Limiter:
                 return [_too_many_requests(state._replace(window=window))]
         return []
 
-    async def _settle(self, admission: Admission, total_tokens: int) -> None:
+    async def _settle(self, admission: Admission) -> None:
         with suppress(LimitsUnavailable):  # which the log has; the leases end by themselves
             try:
-                if total_tokens:
-                    await self._count_tokens(admission, total_tokens)
+                if admission.tokens:
+                    await self._count_tokens(admission)
             finally:
                 await self._release(admission)
 
-    async def _count_tokens(self, admission: Admission, total_tokens: int) -> None:
+    async def _count_tokens(self, admission: Admission) -> None:
         async with self._counters.guarded():
             for owner, limit, _, window, _ in admission.states:
                 if isinstance(window, Period):
                     name = owner.counter(window.name)
-                    await self._counters.add_to_period(name, total_tokens, window.seconds_left)
+                    await self._counters.add_to_period(name, admission.tokens, window.seconds_left)
                 else:
-                    await self._counters.add_to_minute(owner.counter(limit), total_tokens)
+                    await self._counters.add_to_minute(owner.counter(limit), admission.tokens)
 
     async def _release(self, admission: Admission) -> None:
         async with self._counters.guarded():

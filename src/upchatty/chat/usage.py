@@ -1,5 +1,6 @@
 """What was used: the record of completions, summed up for owners. Days are those of UTC."""
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping
@@ -158,8 +159,10 @@ async def report(
         groups = [(row["id"], {by: row["id"], "name": row["name"]}) for row in used]
     page = groups[:limit]
     only = (page[0][0], page[-1][0]) if page else None
-    sums = {row["id"]: row for row in await storage.sums(database, by, selected, only)} if page else {}
-    [total] = await storage.sums(database, None, selected)
+    found, [total] = await asyncio.gather(
+        storage.sums(database, by, selected, only), storage.sums(database, None, selected)
+    )
+    sums = {row["id"]: row for row in found}
     rows = [_figures(sums.get(group, {}), labels) for group, labels in page]
     return Report(rows, len(groups) > len(page), _figures(total, {}))
 

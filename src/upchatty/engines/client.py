@@ -29,7 +29,6 @@ from upchatty.errors import (
 LONG_PROMPT = 1500  # characters, some hundreds of tokens
 LLAMA_RANDOM_SEED = 0xFFFFFFFF  # llama.cpp has 32 bits for a seed, and this one means none
 TRAILER_SECONDS = 2.0  # for the usage, after the reason why the answer has ended
-BUSY_SECONDS = 1.0  # until a server that has too many requests is asked again, where it does not say
 LONGEST_REST = 3600.0  # however long it says
 QUIET_SECONDS = 30.0  # for calls that take an engine no time
 Answer = TypeVar("Answer")
@@ -227,13 +226,11 @@ class EngineClient:
             return InvalidRequest(parameter="response_format", expected=message or "the engine refused it")
         if status in (429, 503):
             rest = _seconds(headers.get(b"retry-after", b""))
-            if status == 429:
-                return QueueFull(
-                    model=self.model,
-                    problem="its server has too many requests",
-                    retry_after=rest or BUSY_SECONDS,
-                )
-            return EngineNotReady(model=self.model, problem="it is loading", retry_after=rest)
+            if status == 503:
+                return EngineNotReady(model=self.model, problem="it is loading", retry_after=rest)
+            return QueueFull(
+                model=self.model, problem="its server has too many requests", retry_after=rest
+            )
         if status in (401, 403):  # what it says may quote the key
             return EngineFailed(problem=f"it refused the server's key with status {status}")
         return EngineFailed(problem=message or f"it answered with status {status}")

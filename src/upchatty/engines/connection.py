@@ -5,7 +5,7 @@ are handed on as one network read brought them. Protocol: https://www.rfc-editor
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import cast
 
 import httptools
@@ -132,7 +132,7 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def close_soon(self) -> None:
-        """End the exchange whose answer is complete but for the end of its framing, which may be on its way."""
+        """End an exchange of which nothing more is wanted; the end of its framing may be on its way."""
         if self.complete or self._error:
             self.close()
             return

@@ -232,7 +232,7 @@ class _Reasoning:
 
 
 def estimated_tokens(messages: Iterable[Message]) -> int:
-    """About as many tokens as a model's tokenizer would find in these messages, for engines that do not tell."""
+    """About as many tokens as a tokenizer would find in these messages, for engines that do not tell."""
     return sum(MESSAGE_TOKENS + len(TOKEN.findall(message["content"])) for message in messages)
 
 

@@ -6,7 +6,6 @@ Until the first token is there, a request goes to one replica after another; aft
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -297,7 +296,7 @@ class Model:
             ) from None
 
     def _choose(self, affinity: str, tried: list[Replica]) -> Replica | None:
-        """The least loaded replica, or the one that has the prefix in its cache unless that has far more to do."""
+        """The least loaded replica, or the one that has the prefix cached unless that has far more to do."""
         now = time.monotonic()
         best, least = None, float("inf")
         for replica in self.replicas:

@@ -1,7 +1,6 @@
 """The models by name."""
 
 import asyncio
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from upchatty.engines.client import EngineClient
@@ -12,7 +11,7 @@ from upchatty.engines.model import Model
 from upchatty.engines.replica import Replica
 from upchatty.errors import EngineFailed
 from upchatty.metrics import Metrics
-from upchatty.settings import ModelSettings, Settings
+from upchatty.settings import Settings
 
 PROBE_SECONDS = 2.0
 
@@ -63,18 +62,12 @@ class Pool:
                 problem=f"this chatbot's model {name!r} is no longer among the server's models"
             ) from None
 
-    def with_fallbacks(self, name: str | None) -> Iterator[Model]:
-        """The model of this name, then those that answer where it cannot, each once.
-
-        Raises:
-            EngineFailed: The settings name it no longer.
-        """
-        seen: list[Model] = []
-        model: Model | None = self.model(name)
-        while model and model not in seen:
-            yield model
-            seen.append(model)
-            model = self.models[model.settings.fallback] if model.settings.fallback else None
+    def with_fallbacks(self, model: Model) -> list[Model]:
+        """A model, then those that answer where it cannot."""
+        models = [model]
+        while (name := models[-1].settings.fallback) and (following := self.models[name]) not in models:
+            models.append(following)
+        return models
 
     async def start(self) -> None:
         """Start every engine that runs here, the default one first."""

@@ -110,10 +110,10 @@ class Replica:
 
     def failed(self, error: RequestError) -> None:
         """It has failed to answer."""
-        rest = error.headers.get("Retry-After")
-        if isinstance(error, QueueFull) and rest:
-            self._rests_until = time.monotonic() + float(rest)
-            asyncio.get_running_loop().call_later(float(rest), self._on_change)
+        if isinstance(error, QueueFull):  # it is well, and has too much to do
+            if error.retry_after:
+                self._rests_until = time.monotonic() + error.retry_after
+                asyncio.get_running_loop().call_later(error.retry_after, self._on_change)
             return
         self._failures += 1
         is_ours = isinstance(self.engine, LlamaServer)  # which is supervised

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     Float,
@@ -143,37 +144,46 @@ def _on_postgresql(group: ColumnElement[Any] | None, conditions: list[ColumnElem
 
 
 def _on_sqlite(group: ColumnElement[Any] | None, conditions: list[ColumnElement[bool]]) -> Select[Any]:
-    """SQLite has no percentiles, so every time is given its place among those of its group."""
-    counts = _grouped(_counts(), group, conditions).subquery()
+    """SQLite has no percentiles, so every time is given its place among those of its group.
+
+    How many there are is counted beforehand: as a window function it would cost as much as the places.
+    """
+    values = [func.count(time).label(f"{time.name}_values") for time in TIMES]
+    counts = _grouped([*_counts(), *values], group, conditions).cte("counts")
     joined: FromClause = counts
     percentiles: list[ColumnElement[Any]] = []
     for time in TIMES:
-        found = _percentiles(time, group, conditions).subquery()
+        found = _percentiles(time, group, conditions, counts).subquery()
         joined = joined.outerjoin(found, true() if group is None else found.c.id == counts.c.id)
         percentiles += (found.c[f"{time.name}_{name}"] for name in PERCENTILES)
     return select(*counts.c, *percentiles).select_from(joined)
 
 
 def _percentiles(
-    time: ColumnElement[float], group: ColumnElement[Any] | None, conditions: list[ColumnElement[bool]]
+    time: ColumnElement[float],
+    group: ColumnElement[Any] | None,
+    conditions: list[ColumnElement[bool]],
+    counts: CTE,
 ) -> Select[Any]:
     place = func.row_number().over(partition_by=group, order_by=time) - 1
-    last = func.count().over(partition_by=group) - 1
-    columns = [] if group is None else [group.label("id")]
-    placed = (
-        select(*columns, time.label("time"), place.label("place"), last.label("last"))
-        .where(*conditions, time.is_not(None))
-        .subquery()
-    )
-    values = []
+    columns = [time.label("time"), place.label("place")]
+    if group is not None:
+        columns.append(group.label("id"))
+    placed = select(*columns).where(*conditions, time.is_not(None)).subquery()
+    last = counts.c[f"{time.name}_values"] - 1
+    sums = []
     for name, fraction in PERCENTILES.items():
-        # Between the two times beside it, the nearer one counts the more.
-        distance = func.abs(placed.c.place - placed.c.last * literal_column(str(fraction), Float))
+        # Of the two times beside the percentile's place, the nearer one counts the more.
+        distance = func.abs(placed.c.place - last * literal_column(str(fraction), Float))
         weighted = case((distance < 1, placed.c.time * (1 - distance)), else_=0.0)
-        values.append(func.sum(weighted).label(f"{time.name}_{name}"))
+        sums.append(func.sum(weighted).label(f"{time.name}_{name}"))
     if group is None:
-        return select(*values)
-    return select(placed.c.id, *values).group_by(placed.c.id)
+        return select(*sums).select_from(placed.join(counts, true()))
+    return (
+        select(placed.c.id, *sums)
+        .select_from(placed.join(counts, counts.c.id == placed.c.id))
+        .group_by(placed.c.id)
+    )
 
 
 def _grouped(

@@ -1,0 +1,173 @@
+"""The servers side by side: throughput and latency, in turn, round after round."""
+
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from benchmarks.gateway.measure import Latency, Throughput, latency, throughput
+from benchmarks.gateway.report import Goal, number, table
+from benchmarks.gateway.servers import Server
+from benchmarks.gateway.target import Question
+
+DIRECTLY, OURS = "directly", "upchatty"
+CHUNKS = 100
+RATE, STREAM_RATE = 1000.0, 100.0  # requests a second where latency is measured
+SUSTAINABLE = 0.6  # of what a server can do; nearer to it, its queue would be measured
+
+Result = TypeVar("Result", Throughput, Latency)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Servers that run, and how they are measured.
+
+    Attributes:
+        servers: By name; the mock upstream, asked directly, is among them.
+        rounds: How often each is measured.
+        seconds: How long each time.
+    """
+
+    servers: Mapping[str, Server]
+    rounds: int
+    seconds: float
+
+    async def throughput(self) -> list[Goal]:
+        """Whole answers and streams, as many as they can; prints tables."""
+        wholes = await self._in_turn("whole answers", partial(throughput, question=Question()))
+        print("Whole answers, from an upstream that answers at once:\n")
+        self._print_throughput(wholes, "answer", 1)
+        streams = await self._in_turn(
+            "streams", partial(throughput, question=Question(stream=True, chunks=CHUNKS))
+        )
+        print(f"Streams of {CHUNKS} chunks, from an upstream that writes a stream at once:\n")
+        self._print_throughput(streams, "chunk", CHUNKS)
+        packets = await self._in_turn(
+            "streams in packets",
+            partial(throughput, question=Question(stream=True, chunks=CHUNKS, each=True)),
+        )
+        print("The same, from an upstream that writes every chunk by itself:\n")
+        self._print_throughput(packets, "chunk", CHUNKS)
+        if OURS not in self.servers:
+            return []
+        return [
+            Goal("whole answers a second on a core", 4000, _median(wholes[OURS], "rate"), least=True),
+            *(
+                Goal(f"whole answers a second, times {name}", wanted, _times(wholes, name), least=True)
+                for name, wanted in (("nginx", 0.17), ("litellm", 30), ("portkey", 3))
+            ),
+            Goal(
+                "streamed chunks a second on a core", 1e5, _median(streams[OURS], "rate") * CHUNKS, least=True
+            ),
+            Goal("streamed chunks a second, times nginx", 0.9, _times(streams, "nginx"), least=True),
+        ]
+
+    async def latency(self) -> list[Goal]:
+        """Latency and time to first token at a constant rate; prints tables."""
+        rates = await self._rates()
+        wholes = await self._in_turn("latency", partial(latency, question=Question(delay=20)), rates)
+        print("Latency of whole answers in ms, from an upstream that answers after 20 ms:\n")
+        self._print_latency(wholes, rates, "median", "p99")
+        rates = {name: min(rate, STREAM_RATE) for name, rate in rates.items()}
+        streams = await self._in_turn(
+            "time to first token", partial(latency, question=Question(stream=True, delay=20)), rates
+        )
+        print("Time to first token of streams in ms, from an upstream that begins after 20 ms:\n")
+        self._print_latency(streams, rates, "first", "first_p99")
+        if OURS not in self.servers:
+            return []
+        at_rate = f"added latency at {rates[OURS]:,.0f} requests a second"
+        return [
+            Goal(f"{at_rate}, median", 0.5, _added(wholes, OURS, "median"), least=False, unit="ms"),
+            Goal(f"{at_rate}, p99", 2, _added(wholes, OURS, "p99"), least=False, unit="ms"),
+            Goal(
+                "added time to first token, median", 1, _added(streams, OURS, "first"), least=False, unit="ms"
+            ),
+        ]
+
+    async def _rates(self) -> dict[str, float]:
+        """What each server is asked for a second: fewer where it could not do as many."""
+        rates = {}
+        for name, server in self.servers.items():
+            can = [(await throughput(server, kind, 2)).rate for kind in (Question(), Question(stream=True))]
+            rates[name] = RATE if min(can) * SUSTAINABLE >= RATE else max(float(f"{min(can) / 2:.1g}"), 1.0)
+        return rates
+
+    async def _in_turn(
+        self,
+        what: str,
+        measure: Callable[..., Awaitable[Result]],
+        rates: Mapping[str, float] | None = None,
+    ) -> dict[str, list[Result]]:
+        results: dict[str, list[Result]] = defaultdict(list)
+        for turn in range(self.rounds):
+            for name, server in self.servers.items():
+                say(f"{what}, round {turn + 1} of {self.rounds}: {name}")
+                rate = {"rate": rates[name]} if rates else {}
+                result = await measure(server, seconds=self.seconds, **rate)
+                if result.wrong:
+                    print(f"- {server.target.name}, {what}: {result.wrong} answers were wrong or missing\n")
+                results[name].append(result)
+        return results
+
+    def _print_throughput(
+        self, results: Mapping[str, Sequence[Throughput]], unit: str, number_of: int
+    ) -> None:
+        heads = ["server", f"{unit}s/s", f"CPU µs/{unit}", "core busy"]
+        rows = [
+            [
+                server.target.name,
+                number(_median(results[name], "rate") * number_of),
+                number(_median(results[name], "cpu") / number_of * 1e6),
+                f"{_median(results[name], 'busy'):.0%}",
+            ]
+            for name, server in self.servers.items()
+        ]
+        if OURS in self.servers:
+            heads += ["UpChatty, times this", "by CPU time"]
+            for row, name in zip(rows, self.servers, strict=True):
+                row += [number(_times(results, name)), number(_times(results, name, by_cpu=True))]
+        print(table(heads, rows), flush=True)
+
+    def _print_latency(
+        self, results: Mapping[str, Sequence[Latency]], rates: Mapping[str, float], median: str, p99: str
+    ) -> None:
+        rows = [
+            [
+                server.target.name,
+                number(rates[name]),
+                number(_median(results[name], median)),
+                number(_median(results[name], p99)),
+                number(_added(results, name, median)),
+                number(_added(results, name, p99)),
+                number(_median(results[name], "cpu") * 1e6),
+            ]
+            for name, server in self.servers.items()
+        ]
+        heads = ["server", "requests/s", "median", "p99", "added, median", "added, p99", "CPU µs/request"]
+        print(table(heads, rows), flush=True)
+
+
+def say(what: str) -> None:
+    """Tell who waits what goes on."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def _median(results: Sequence[Throughput | Latency], figure: str) -> float:
+    return statistics.median(getattr(result, figure) for result in results)
+
+
+def _times(results: Mapping[str, Sequence[Throughput]], name: str, *, by_cpu: bool = False) -> float:
+    """How many times as quick UpChatty is, the median of the rounds; not a number if one is missing."""
+    pairs = list(zip(results.get(OURS, []), results.get(name, []), strict=False))
+    ratios = [theirs.cpu / ours.cpu if by_cpu else ours.rate / theirs.rate for ours, theirs in pairs]
+    return statistics.median(ratios) if ratios else float("nan")
+
+
+def _added(results: Mapping[str, Sequence[Latency]], name: str, figure: str) -> float:
+    """What a server adds to the upstream's own time, the median of the rounds."""
+    pairs = zip(results[name], results[DIRECTLY], strict=True)
+    return statistics.median(getattr(through, figure) - getattr(direct, figure) for through, direct in pairs)
