@@ -135,6 +135,7 @@ def test_chatbots_from_first_to_last(run: Command, tmp_path: Path) -> None:
         "temperature": 0.7,
         "max_tokens": 1024,
         "keep_text": True,
+        "limits": None,
         "created_at": 0,
         "updated_at": 0,
     }
@@ -218,7 +219,7 @@ def test_keys_from_first_to_last(run: Command) -> None:
     assert [key["name"] for key in listed] == ["mine", "page", "dated"]
     assert not any("key" in key for key in listed)
     table = run("keys", "list").out
-    assert table.splitlines()[0].split() == ["ID", "NAME", "SCOPE", "CHATBOTS", "MADE", "EXPIRES"]
+    assert table.splitlines()[0].split() == ["ID", "NAME", "SCOPE", "CHATBOTS", "MADE", "EXPIRES", "LIMITS"]
     assert "2100-12-31 12:00:00" in table and "never" in table
     assert made.out.strip() not in table
 

@@ -28,6 +28,7 @@ from benchmarks.gateway.soak import KINDS, soak
 
 PARTS = ("throughput", "latency", "streams")
 STREAMS, STREAM_SECONDS = 2000, 20
+WARM_UP_SECONDS = 10.0  # Node's compiler takes that long
 OPEN_FILES = 16384
 MIB = 2**20
 
@@ -63,7 +64,8 @@ class Benchmark:
                     goals += await self._many_streams(upstream)
         finally:
             upstream.stop()
-        print(table(["target", "wanted", "measured", "met"], [goal.cells() for goal in goals]))
+        if goals:
+            print(table(["target", "wanted", "measured", "met"], [goal.cells() for goal in goals]))
 
     async def _side_by_side(self, upstream: Server) -> list[Goal]:
         servers, goals = {DIRECTLY: upstream}, []
@@ -74,7 +76,8 @@ class Benchmark:
                 except peers.NotToBeHad as error:
                     print(f"- {name} was not measured: {error}\n", flush=True)
             for server in servers.values():
-                await warm_up(server)
+                say(f"warming up {server.target.name}")
+                await warm_up(server, WARM_UP_SECONDS)
             comparison = Comparison(servers, self._arguments.rounds, self._arguments.seconds)
             if "throughput" in self._arguments.parts:
                 goals += await comparison.throughput()

@@ -1,5 +1,6 @@
 """The servers side by side: throughput and latency, in turn, round after round."""
 
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -67,16 +68,16 @@ class Comparison:
 
     async def latency(self) -> list[Goal]:
         """Latency and time to first token at a constant rate; prints tables."""
-        rates = await self._rates()
+        rates = await self._rates(Question(), RATE)
         wholes = await self._in_turn("latency", partial(latency, question=Question(delay=20)), rates)
         print("Latency of whole answers in ms, from an upstream that answers after 20 ms:\n")
         self._print_latency(wholes, rates, "median", "p99")
-        rates = {name: min(rate, STREAM_RATE) for name, rate in rates.items()}
+        stream_rates = await self._rates(Question(stream=True), STREAM_RATE)
         streams = await self._in_turn(
-            "time to first token", partial(latency, question=Question(stream=True, delay=20)), rates
+            "time to first token", partial(latency, question=Question(stream=True, delay=20)), stream_rates
         )
         print("Time to first token of streams in ms, from an upstream that begins after 20 ms:\n")
-        self._print_latency(streams, rates, "first", "first_p99")
+        self._print_latency(streams, stream_rates, "first", "first_p99")
         if OURS not in self.servers:
             return []
         at_rate = f"added latency at {rates[OURS]:,.0f} requests a second"
@@ -88,12 +89,12 @@ class Comparison:
             ),
         ]
 
-    async def _rates(self) -> dict[str, float]:
-        """What each server is asked for a second: fewer where it could not do as many."""
+    async def _rates(self, question: Question, rate: float) -> dict[str, float]:
+        """How many requests a second each server gets: fewer than the rate where a peer cannot do as many."""
         rates = {}
         for name, server in self.servers.items():
-            can = [(await throughput(server, kind, 2)).rate for kind in (Question(), Question(stream=True))]
-            rates[name] = RATE if min(can) * SUSTAINABLE >= RATE else max(float(f"{min(can) / 2:.1g}"), 1.0)
+            can = math.inf if name in (DIRECTLY, OURS) else (await throughput(server, question, 3)).rate
+            rates[name] = rate if can * SUSTAINABLE >= rate else max(float(f"{can / 2:.1g}"), 1.0)
         return rates
 
     async def _in_turn(
@@ -157,17 +158,22 @@ def say(what: str) -> None:
 
 
 def _median(results: Sequence[Throughput | Latency], figure: str) -> float:
-    return statistics.median(getattr(result, figure) for result in results)
+    return float(statistics.median(getattr(result, figure) for result in results))
 
 
 def _times(results: Mapping[str, Sequence[Throughput]], name: str, *, by_cpu: bool = False) -> float:
     """How many times as quick UpChatty is, the median of the rounds; not a number if one is missing."""
     pairs = list(zip(results.get(OURS, []), results.get(name, []), strict=False))
-    ratios = [theirs.cpu / ours.cpu if by_cpu else ours.rate / theirs.rate for ours, theirs in pairs]
-    return statistics.median(ratios) if ratios else float("nan")
+    if not pairs or not all(theirs.rate for _, theirs in pairs):
+        return math.nan
+    return statistics.median(
+        theirs.cpu / ours.cpu if by_cpu else ours.rate / theirs.rate for ours, theirs in pairs
+    )
 
 
 def _added(results: Mapping[str, Sequence[Latency]], name: str, figure: str) -> float:
     """What a server adds to the upstream's own time, the median of the rounds."""
     pairs = zip(results[name], results[DIRECTLY], strict=True)
-    return statistics.median(getattr(through, figure) - getattr(direct, figure) for through, direct in pairs)
+    return float(
+        statistics.median(getattr(through, figure) - getattr(direct, figure) for through, direct in pairs)
+    )

@@ -13,7 +13,6 @@ from benchmarks.gateway.load import Answer, mistake, percentile
 from benchmarks.gateway.servers import Server
 from benchmarks.gateway.target import Question
 
-CONNECTIONS = 32
 SAMPLE_SECONDS = 0.5  # between two answers that are read and checked during a throughput run
 
 
@@ -42,14 +41,19 @@ class _Result(msgspec.Struct):
 
 
 async def throughput(server: Server, question: Question, seconds: float) -> Throughput:
-    """As many answers as the server gives, over 32 connections.
+    """As many answers as the server gives.
 
     Some answers are read and checked meanwhile; wrk itself only looks at status and end.
     """
     script = server.folder / "wrk.lua"
     script.write_text(server.target.script(question))
     url = f"http://127.0.0.1:{server.target.port}{server.target.path}"
-    command = [peers.program("wrk", "wrk"), "-t1", f"-c{CONNECTIONS}", f"-d{max(round(seconds), 1)}s"]
+    command = [
+        peers.program("wrk", "wrk"),
+        "-t1",
+        f"-c{server.target.connections}",
+        f"-d{max(round(seconds), 1)}s",
+    ]
     cpu, began = server.process.cpu_seconds(), time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *command, "--timeout", "30s", "-s", str(script), url, stdout=asyncio.subprocess.PIPE
@@ -131,7 +135,7 @@ class ManyStreams:
 
 async def many_streams(server: Server, streams: int, seconds: int) -> ManyStreams:
     """So many streams at once, a token a second each, for so many seconds."""
-    await warm_up(server)
+    await warm_up(server, 2)
     rest = server.process.resident_bytes()
     question = Question(stream=True, chunks=seconds, pause=1000)
     opening = streams / 500
@@ -151,8 +155,8 @@ async def many_streams(server: Server, streams: int, seconds: int) -> ManyStream
     return ManyStreams(streams - len(came), rest, most, after, late, cpu / streams / seconds)
 
 
-async def warm_up(server: Server, seconds: float = 2.0) -> None:
-    """Some answers of each kind that nobody counts: code is compiled, caches are filled."""
+async def warm_up(server: Server, seconds: float) -> None:
+    """Answers of both kinds that nobody counts: code is compiled, caches are filled."""
 
     async def ask_again_and_again(question: Question) -> Answer | None:
         answer = None

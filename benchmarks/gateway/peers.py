@@ -13,7 +13,7 @@ LITELLM = ["litellm[proxy]==1.106.2"]
 NAIVE = ["fastapi==0.165.0", "httpx==0.28.1", "uvicorn[standard]==0.54.0"]
 PORTKEY = {"@portkey-ai/gateway": "1.15.2"}
 # Portkey's streams fail with newer versions of this one, which it does not exclude.
-PORTKEY_OVERRIDES = {"@hono/node-server": "1.14.2"}
+PORTKEY_OVERRIDES = {"@hono/node-server": "1.14.1"}
 
 
 class NotToBeHad(Exception):

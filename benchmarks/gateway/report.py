@@ -1,5 +1,6 @@
 """The figures as Markdown."""
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ class Goal:
 
 def number(value: float) -> str:
     """A number with as many digits as it is worth."""
+    if math.isnan(value):
+        return "–"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

@@ -112,8 +112,8 @@ async def _chatbot_and_key(target: Target) -> Target:
     url = f"http://127.0.0.1:{target.port}/api/v1"
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     async with aiohttp.ClientSession(headers=headers, raise_for_status=True) as session:
-        while (await session.get(f"{url}/models", raise_for_status=False)).status != 200:
-            await asyncio.sleep(0.1)  # noqa: ASYNC110  # it listens, but is not ready yet
+        while (await session.get(f"{url}/models", raise_for_status=False)).status != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)  # it listens, but is not ready yet
         async with session.post(f"{url}/chatbots", json={"name": "benchmark"}) as response:
             chatbot = (await response.json())["id"]
         key = {"name": "benchmark", "scope": "chat", "chatbots": [chatbot]}
@@ -144,7 +144,8 @@ def nginx(place: Place) -> Launch:
 def litellm(place: Place) -> Launch:
     """LiteLLM's proxy with one worker and a master key, without a database."""
     programs = peers.python_packages("litellm", peers.LITELLM)
-    parameters = {"model": "openai/mock", "api_base": place.upstream_url, "api_key": PEER_KEY}
+    # A model that it knows, since it looks up the price; the mock upstream does not care.
+    parameters = {"model": "openai/gpt-4o-mini", "api_base": place.upstream_url, "api_key": PEER_KEY}
     configuration = place.folder / "config.yaml"  # JSON is YAML
     configuration.write_text(
         json.dumps(
@@ -156,14 +157,16 @@ def litellm(place: Place) -> Launch:
     )
     command = [str(programs / "litellm"), "--config", str(configuration), "--host", "127.0.0.1"]
     command += ["--port", str(place.port), "--num_workers", "1"]
+    # Few connections: it is busy with four, and with more a stream would take longer than a measurement.
     environment = {
         "LITELLM_LOG": "ERROR",
+        "LITELLM_MODE": "PRODUCTION",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_TELEMETRY": "False",
     }
     return Launch(
         command,
-        Target("LiteLLM", place.port, headers={"Authorization": f"Bearer {PEER_KEY}"}),
+        Target("LiteLLM", place.port, headers={"Authorization": f"Bearer {PEER_KEY}"}, connections=4),
         environment,
     )
 

@@ -42,7 +42,7 @@ class Soak:
 async def soak(server: Server, requests: int) -> Soak:
     """Ask so many questions, a fifth of them abandoned before the answer or in the middle of it."""
     result, chance = Soak(), random.Random(0)
-    await warm_up(server)
+    await warm_up(server, 2)
     await _ask(server, requests // 10, chance, result)
     result.early, result.early_files = await _settled(server)
     await _ask(server, requests - requests // 10, chance, result)

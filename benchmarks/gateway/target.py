@@ -45,6 +45,7 @@ class Target:
         path: The path of chat completions.
         model: What it calls the model.
         headers: What it wants besides.
+        connections: How many are used where throughput is measured.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     path: str = "/v1/chat/completions"
     model: str = "mock"
     headers: dict[str, str] = field(default_factory=dict)
+    connections: int = 32
 
     def body(self, question: Question) -> str:
         """The request's body."""

@@ -255,6 +255,8 @@ def _listening_socket(settings: Settings) -> Iterator[socket.socket]:
             setting="host and port", problem=f"cannot listen on {settings.host}:{settings.port} ({error})"
         ) from None
     with closing(listener):
+        # For every connection. uvloop sets it by itself, asyncio only where it has made the listener.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
 
 

@@ -2,12 +2,17 @@
 
 import logging
 import sys
+from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 import msgspec
 import structlog
 
 from upchatty.settings import Settings
+
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class _Unfailing:
@@ -45,12 +50,7 @@ def configure_logs(settings: Settings) -> None:
     """
     on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", key="time"),
-            structlog.processors.format_exc_info,
-            *(_console() if on_terminal else [structlog.processors.JSONRenderer(_to_json)]),
-        ],
+        processors=_console() if on_terminal else [_as_json],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
         logger_factory=structlog.BytesLoggerFactory(_Unfailing(sys.stderr.buffer)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
@@ -60,6 +60,8 @@ def configure_logs(settings: Settings) -> None:
 
 def _console() -> list[Any]:
     return [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", key="time"),
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
             timestamp_key="time",
@@ -69,5 +71,10 @@ def _console() -> list[Any]:
     ]
 
 
-def _to_json(event: dict[str, Any], **_: Any) -> bytes:
-    return msgspec.json.encode(event, enc_hook=str)
+def _as_json(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
+    """A line of JSON, made in one step: every request writes one."""
+    if "exc_info" in event:
+        event = structlog.processors.format_exc_info(logger, method, event)
+    event["level"] = method
+    event["time"] = datetime.now(UTC).isoformat()
+    return _encode(event)

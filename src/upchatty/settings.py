@@ -157,7 +157,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return f"huggingface:{self.huggingface}/{self.file}"
         if self.package:
             return f"package:{self.package}/{self.file}"
-        return self.path or ", ".join(server.url for server in self.servers)
+        return self.path or ", ".join(without_credentials(server.url) for server in self.servers)
 
     def check(self, name: str) -> None:
         """Raise ConfigurationError unless the table is consistent.
@@ -294,6 +294,12 @@ class Settings:
     def sqlite_file(self) -> Path | None:
         """The SQLite file, or None where another database is configured."""
         return None if self.database_url else self.data_dir / "upchatty.db"
+
+
+def without_credentials(url: str) -> str:
+    """A URL without the user and the password that it may name."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _model_settings(name: str, table: dict[str, Any]) -> ModelSettings:

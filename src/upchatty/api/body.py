@@ -157,16 +157,12 @@ def shortened(text: str) -> str:
 
 def _read_strictly(text: str) -> None:
     """Refuse what msgspec passes over, most of all inside of what it ignores."""
-    json.loads(
-        text,
-        object_pairs_hook=_refuse_duplicates,
-        parse_constant=_refuse_constant,
-        parse_float=_refuse_infinity,
-        parse_int=len,  # nobody needs its value, and Python refuses to read very long ones
-    )
+    _strict_decoder.decode(text)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
+    if len(dict(pairs)) == len(pairs):
+        return
     seen = set()
     for name, _ in pairs:
         if name in seen:
@@ -184,6 +180,14 @@ def _refuse_constant(constant: str) -> None:
 def _refuse_infinity(number: str) -> None:
     if math.isinf(float(number)):
         raise InvalidRequest(parameter="body", expected=f"the number {shortened(number)} is out of range")
+
+
+_strict_decoder = json.JSONDecoder(
+    object_pairs_hook=_refuse_duplicates,
+    parse_constant=_refuse_constant,
+    parse_float=_refuse_infinity,
+    parse_int=len,  # nobody needs its value, and Python refuses to read very long ones
+)
 
 
 def _refuse_nul(value: object, path: str) -> None:

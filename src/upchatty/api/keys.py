@@ -1,5 +1,6 @@
 """Keys over HTTP, for owners."""
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from litestar import delete, get, post
@@ -7,7 +8,7 @@ from msgspec import Meta, Struct
 
 from upchatty.api.chatbots import WITHOUT_NUL, Name
 from upchatty.api.errors import with_errors
-from upchatty.api.limits import Moment, unix_seconds
+from upchatty.api.limits import Moment
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
 from upchatty.auth import Key, Scope
@@ -28,8 +29,9 @@ class NewKey(Struct, forbid_unknown_fields=True, kw_only=True, tag_field="scope"
     @property
     def expires_at_ms(self) -> int | None:
         """Unix milliseconds."""
-        seconds = unix_seconds(self.expires_at)
-        return None if seconds is None else seconds * 1000
+        if isinstance(self.expires_at, datetime):
+            return int(self.expires_at.timestamp() * 1000)
+        return None if self.expires_at is None else self.expires_at * 1000
 
 
 class NewAdminKey(NewKey, tag="admin"):

@@ -20,9 +20,7 @@ class NewChatbotLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=
     def checked(self) -> ChatbotLimits:
         """The limits as a chatbot keeps them."""
         amounts = {field: getattr(self, field) for field in Limits.__struct_fields__}
-        return ChatbotLimits(**amounts, expires_at=unix_seconds(self.expires_at))
-
-
-def unix_seconds(moment: int | datetime | None) -> int | None:
-    """A moment in either of the formats that the API takes."""
-    return int(moment.timestamp()) if isinstance(moment, datetime) else moment
+        moment = self.expires_at
+        return ChatbotLimits(
+            **amounts, expires_at=int(moment.timestamp()) if isinstance(moment, datetime) else moment
+        )

@@ -3,14 +3,14 @@
 import asyncio
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from operator import attrgetter
 
 import structlog
 
 from upchatty.errors import StorageUnavailable
 from upchatty.metrics import Metrics
-from upchatty.storage.completions import add_completions
+from upchatty.storage.completions import COLUMNS, add_completions
 from upchatty.storage.database import Database
 
 BATCH_SECONDS = 0.03  # with the time of a commit, less than the 100 ms that a crash may cost
@@ -20,6 +20,7 @@ KEPT_RECORDS = 10_000  # while the database cannot take them
 CLOSE_SECONDS = 5.0
 
 log = structlog.get_logger()
+_row = attrgetter(*COLUMNS)
 
 
 @dataclass(slots=True)
@@ -41,7 +42,8 @@ class CompletionRecord:
     queue_ms: float
     first_token_ms: float | None
     duration_ms: float
-    messages: list[dict[str, str]] | None
+    messages: str | None
+    """JSON."""
     answer: str | None
     fallback_for: str | None
     """The model that should have answered, where it was not this one."""
@@ -133,10 +135,6 @@ class Recorder:
             middle = len(batch) // 2
             await self._store(batch[:middle])
             await self._store(batch[middle:])
-
-
-def _row(record: CompletionRecord) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def _cause(error: Exception) -> str:

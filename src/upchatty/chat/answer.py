@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import msgspec
 from uuid_utils import uuid7
 
 from upchatty.auth import Caller
@@ -252,15 +253,21 @@ class Answering:
         """Have the chatbot's model begin to answer, or one that takes its place."""
         longest = wanted.settings.deadline_seconds
         deadline = answer.asked_at + min(longest, answer.question.patience or longest)
-        models = self._pool.with_fallbacks(wanted)
-        for place, model in enumerate(models, 1):
-            prompt = await self._prompt(answer.chatbot, answer.question, model)
+        failure: RequestError | None = None
+        for model in self._pool.with_fallbacks(wanted):
             try:
+                prompt = await self._prompt(answer.chatbot, answer.question, model)
                 await answer.begin(model, prompt, deadline)
                 break
-            except RETRIED:
-                if place == len(models) or time.monotonic() >= deadline:
-                    raise
+            except RequestError as error:
+                if failure is None and not isinstance(error, RETRIED):
+                    raise  # it is the question, which no other model would answer either
+                failure = failure or error
+            if time.monotonic() >= deadline:
+                raise failure
+        else:
+            assert failure
+            raise failure
         if answer.model is not wanted:
             wanted.metrics.fallbacks(answer.model.name).inc()
             answer.fallback_for = wanted.name
@@ -295,7 +302,7 @@ class Answering:
             queue_ms=answer.queue_seconds * 1000,
             first_token_ms=answer.first_token_at and (answer.first_token_at - answer.asked_at) * 1000,
             duration_ms=(time.monotonic() - answer.asked_at) * 1000,
-            messages=answer.question.messages if chatbot.keep_text else None,
+            messages=_as_json(answer.question.messages) if chatbot.keep_text else None,
             answer=answer.text.replace("\0", "\ufffd") if chatbot.keep_text else None,
             fallback_for=answer.fallback_for,
             retries=answer.retries,
@@ -303,6 +310,10 @@ class Answering:
         )
         self._recorder.add(record)
         _count(model.metrics, record)
+
+
+def _as_json(messages: list[Message]) -> str:
+    return msgspec.json.encode(messages).decode()
 
 
 def _count(metrics: ModelMetrics, record: CompletionRecord) -> None:

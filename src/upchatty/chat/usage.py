@@ -158,9 +158,12 @@ async def report(
         used = await storage.used(database, by, selected, after=after, limit=most)
         groups = [(row["id"], {by: row["id"], "name": row["name"]}) for row in used]
     page = groups[:limit]
-    only = (page[0][0], page[-1][0]) if page else None
+    if not page:
+        [total] = await storage.sums(database, None, selected)
+        return Report([], False, _figures(total, {}))
     found, [total] = await asyncio.gather(
-        storage.sums(database, by, selected, only), storage.sums(database, None, selected)
+        storage.sums(database, by, selected, (page[0][0], page[-1][0])),
+        storage.sums(database, None, selected),
     )
     sums = {row["id"]: row for row in found}
     rows = [_figures(sums.get(group, {}), labels) for group, labels in page]

@@ -6,9 +6,11 @@ within one token, and the tokens made until then are known.
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -320,8 +322,10 @@ def _error_of(data: bytes) -> _ErrorBody:
 
 
 def _seconds(retry_after: bytes) -> float | None:
-    """The seconds of a Retry-After header; its other form, a date, is not worth the trouble."""
+    """The seconds that a Retry-After header names, or that are left until its date."""
+    text = retry_after.decode("latin-1")
     try:
-        return min(max(float(retry_after), 0.0), LONGEST_REST)
+        seconds = float(text) if text[:1].isdigit() else parsedate_to_datetime(text).timestamp() - time.time()
     except ValueError:
         return None
+    return min(max(seconds, 0.0), LONGEST_REST)

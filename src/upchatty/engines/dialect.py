@@ -134,7 +134,13 @@ class CompletionReader:
             for data in self._events.feed(packet):
                 if data == b"[DONE]":
                     self.done = True
-                elif text := self._take(_read_chunk(data)):
+                    continue
+                chunk = _read_chunk(data)
+                if self._reasoning is None and (text := _plain_text(chunk)):
+                    texts.append(text)
+                    self._completion.usage.completion_tokens += 1
+                    self._completion.estimated = True
+                elif text := self._take(chunk):
                     texts.append(text)
         except (EngineFailed, msgspec.DecodeError) as error:
             self.failure = error
@@ -195,6 +201,15 @@ class CompletionReader:
         elif text and chunk.timings is None:
             usage.completion_tokens += 1  # engines that count at the end only send an event for each token
             completion.estimated = True
+
+
+def _plain_text(chunk: _Chunk) -> str | None:
+    """The text of a chunk that has nothing else, as nearly all of them; None of any other one."""
+    if chunk.usage is None and chunk.timings is None and chunk.choices and chunk.error is None:
+        choice = chunk.choices[0]
+        if choice.finish_reason is None and choice.delta is not None and type(choice.delta.content) is str:
+            return choice.delta.content
+    return None
 
 
 class _Reasoning:
