@@ -6,6 +6,8 @@ second replica.
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,7 @@ from upchatty.settings import Settings
 from upchatty.testing import DIALECTS, FaultyUpstream, running_server
 from upchatty.testing.dialects import ERRORS
 
+ENGINE_KEY = "engine-key-0123456789"
 SILENCE = 0.5  # seconds that an engine may be silent
 BUSY_MACHINE = 3.0  # seconds that everything may take besides
 TEXT = "Good day, wörld 漢字 😀."
@@ -199,7 +202,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         tls = stack.enter_context(FaultyUpstream(fault="tls"))
         models = models_before(one.url, two.url, mortal.url, tls.url)
         server = stack.enter_context(
-            Server(tmp_path_factory.mktemp("bad_days"), UPCHATTY_MODELS=json.dumps(models))
+            Server(
+                tmp_path_factory.mktemp("bad_days"), UPCHATTY_MODELS=json.dumps(models), ENGINE_KEY=ENGINE_KEY
+            )
         )
         client = stack.enter_context(server.client())
         client.timeout = 15  # where a server does not keep a deadline, the tests end all the same
@@ -223,6 +228,8 @@ def models_before(one: str, two: str, mortal: str, tls: str) -> dict[str, dict[s
     models |= {f"midway-{name}": single(one) for name in names(BREAKS)}
     models |= {f"pair-{name}": first_choice(one, two) for name in names(BEFORE)}
     models |= {f"midway-pair-{name}": first_choice(one, two) for name in names(BREAKS)}
+    for fault in ("hang_headers", "close_before_headers", "reset_midstream", "status"):
+        models[f"many-{fault}"] = first_choice(one, two)
     models |= {f"stale-{name}": single(one) for name in STALE}
     return models | {
         "slow": single(one, timeout_seconds=30),
@@ -243,8 +250,11 @@ def models_before(one: str, two: str, mortal: str, tls: str) -> dict[str, dict[s
         "patient-pair": first_choice(one, two, timeout_seconds=60),
         "patient-narrow": single(one, timeout_seconds=60, slots=1),
         "crowd": pair(mortal, two, timeout_seconds=30),
-        "steady": pair(one, two, mortal, timeout_seconds=30),
-        "keyed": single(one, model="upstream-name"),
+        "steady-0.0": pair(one, two, mortal, timeout_seconds=30),
+        "steady-0.15": pair(one, two, mortal, timeout_seconds=30),
+        "rationed": {"replicas": [{"url": one, "requests_per_minute": count} for count in (1, 2)]},
+        "rationed-pair": {"replicas": [{"url": one, "weight": 1000, "requests_per_minute": 3}, {"url": two}]},
+        "keyed": single(one, model="upstream-name", api_key_env="ENGINE_KEY"),
     }
 
 
@@ -483,6 +493,52 @@ def test_requests_that_no_replica_can_mend_are_not_repeated(world: World) -> Non
     assert world.two.stats().requests == before
 
 
+@pytest.mark.parametrize("fault", ["hang_headers", "close_before_headers", "reset_midstream", "status"])
+def test_many_at_once_notice_nothing(world: World, fault: str) -> None:
+    model = f"many-{fault}"
+    chatbots = [world.new_chatbot(model) for _ in range(8)]
+    with world.nothing_leaks(model, world.one, world.two, idle=48):
+        world.one.set(fault=fault, after=0)
+        before = world.one.stats().requests
+        bodies = [question(chatbots[number % 8]) for number in range(48)]
+        answers = asyncio.run(ask_at_once(world.server, bodies, at_once=24))
+        assert [status for status, _ in answers] == [200] * 48
+        assert 3 <= world.one.stats().requests - before < 48  # until its circuit was open
+
+
+@pytest.mark.parametrize("fault", ["hang_headers", "hang_midstream"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_caller_leaves_an_engine_that_hangs(world: World, fault: str, stream: bool) -> None:
+    world.answered("patient-pair")
+    with world.nothing_leaks("patient-pair", world.one, world.two):
+        world.one.set(fault=fault)
+        before, others = world.one.stats().aborted, world.two.stats().requests
+        body = question(world.chatbot("patient-pair"), stream=stream)
+        with pytest.raises(httpx.ReadTimeout):
+            world.client.post("/chat/completions", json=body, timeout=0.4)
+        eventually(lambda: world.one.stats().aborted == before + 1, 5)
+        assert world.two.stats().requests == others
+
+
+def test_requests_a_minute_of_a_replica(world: World) -> None:
+    for _ in range(3):
+        world.answered("rationed")
+    before = world.one.stats().requests
+    response = world.ask("rationed")
+    assert_error(response, 503)
+    assert 30 < int(response.headers["retry-after"]) <= 60
+    assert world.one.stats().requests == before
+    for _ in range(6):
+        world.answered("rationed-pair")
+    assert world.one.stats().requests == before + 3
+
+
+def test_one_replica_in_a_list(tmp_path: Path) -> None:
+    models = {"default": {"replicas": [{"url": "http://127.0.0.1:1/v1"}]}}
+    listed = Server(tmp_path, UPCHATTY_MODELS=json.dumps(models)).run("models", "list")
+    assert "http://127.0.0.1:1/v1" in listed.stdout, listed.stderr
+
+
 # Names and certificates.
 
 
@@ -586,7 +642,7 @@ def test_same_chatbot_stays_with_its_replica(world: World, first_pause: float) -
     for upstream in upstreams:
         upstream.set(fault="slow", first_pause=first_pause, pause=0.0)
     for _ in range(6):
-        chatbot = world.new_chatbot("steady")
+        chatbot = world.new_chatbot(f"steady-{first_pause}")
         before = [upstream.stats().requests for upstream in upstreams]
         for number in range(4):
             body = question(chatbot, f"Question {number}.")
@@ -890,6 +946,66 @@ def test_finish_reasons(world: World, told: str, reason: str) -> None:
 
 def test_what_the_upstream_is_asked(world: World) -> None:
     world.answered("keyed")
-    asked = world.one.stats().last_body
-    assert asked["model"] == "upstream-name"
-    assert asked["messages"][-1] == {"role": "user", "content": "How are you?"}
+    stats = world.one.stats()
+    assert stats.last_body["model"] == "upstream-name"
+    assert stats.last_body["messages"][-1] == {"role": "user", "content": "How are you?"}
+    assert stats.last_headers["authorization"] == f"Bearer {ENGINE_KEY}"
+
+
+@pytest.mark.parametrize(
+    "details",
+    [{"fault": "status", "status": status} for status in (400, 401, 403, 404, 500)]
+    + [{"fault": "error_event"}],
+    ids=lambda details: str(details.get("status", "event")),
+)
+def test_key_of_the_engine_is_never_shown(world: World, details: dict[str, Any]) -> None:
+    world.one.set(**details, message=f"Incorrect API key provided: {ENGINE_KEY}.")
+    for stream in (False, True):
+        assert ENGINE_KEY not in world.ask("keyed", stream=stream).text
+    assert ENGINE_KEY not in world.server.log()
+    world.one.set()
+    world.answered("keyed")
+
+
+# The faulty upstream itself.
+
+
+def test_upstream_refuses_what_it_does_not_know() -> None:
+    for details in ({"fault": "none such"}, {"dialect": "none such"}):
+        with pytest.raises(ValueError, match="none such"):
+            FaultyUpstream(**details)
+    with pytest.raises(TypeError, match="nothing_such"):
+        FaultyUpstream(nothing_such=1)
+
+
+def test_upstream_returns_on_the_same_port() -> None:
+    with FaultyUpstream(fault="status", status=418) as upstream:
+        url = upstream.url
+        upstream.kill()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/models")
+        upstream.restart()
+        assert upstream.url == url
+        assert httpx.get(url + "/models").status_code == 200
+        assert httpx.post(url + "/chat/completions", json={}).status_code == 418
+        assert upstream.stats().requests == 1
+
+
+def test_upstream_does_not_load_the_server() -> None:
+    code = "import sys, upchatty.testing.upstream; sys.exit('upchatty.app' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_upstream_ends_with_whoever_started_it() -> None:
+    code = "from upchatty.testing import FaultyUpstream; u = FaultyUpstream(); u.restart(); print(u.url)"
+    code += "; import os; os._exit(0)"
+    url = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+    def has_ended() -> bool:
+        try:
+            httpx.get(url.strip() + "/models")
+        except httpx.ConnectError:
+            return True
+        return False
+
+    eventually(has_ended, 10)

@@ -5,6 +5,7 @@ TOML file (`data_dir = …`); the first of these that names a setting wins.
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,13 @@ DEFAULT_MODEL = "default"
 
 LOCAL_SLOTS, REMOTE_SLOTS = 8, 256
 SOURCES = ("path", "huggingface", "package", "url", "replicas")
+
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt]i?)?b?)", re.ASCII | re.IGNORECASE)
+UNITS = {"": 1, "b": 1} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("", 1024), ("ib", 1024), ("i", 1024))
+}
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -223,6 +231,10 @@ class Settings:
     models: Annotated[dict[str, dict[str, Any]], Parameter(negative=())] = field(default_factory=dict)
     """The models by name, as [models.NAME] tables of the TOML file, or as JSON."""
 
+    models_memory: str = "0"
+    """Memory that the models run here may take together, such as 6GiB; 0: any amount. What does not fit is
+    loaded when it is asked, and the least recently used idle model unloaded for it."""
+
     admin_key: Annotated[str, Parameter(show_default=False)] = ""
     """The first admin key; empty: one is made at the first start and shown once."""
 
@@ -254,6 +266,7 @@ class Settings:
             raise ConfigurationError(
                 setting="default_model", problem=f"there is no [models.{self.default_model}] table"
             )
+        _ = self.models_memory_bytes  # to raise now
         for name, model in self.model_settings.items():
             if model.fallback is not None and (
                 model.fallback == name or model.fallback not in self.model_settings
@@ -269,6 +282,20 @@ class Settings:
         return {DEFAULT_MODEL: SMOLLM2} | {
             name: _model_settings(name, table) for name, table in self.models.items()
         }
+
+    @property
+    def models_memory_bytes(self) -> int:
+        """`models_memory` in bytes; 0: no limit.
+
+        Raises:
+            ConfigurationError: It is no size.
+        """
+        if not (size := SIZE.fullmatch(self.models_memory.strip())):
+            raise ConfigurationError(
+                setting="models_memory",
+                problem=f"expected a size such as 6GiB or 800MB, or bytes, got {self.models_memory!r}",
+            )
+        return int(float(size["number"]) * UNITS[size["unit"].lower()])
 
     @property
     def traces_url(self) -> str | None:

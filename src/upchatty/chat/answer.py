@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "content_filter"]
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 CANCELLED, FAILED = "cancelled", "error"
+WORTH_A_SPAN = 0.001  # seconds until a model that runs here is in memory, where it mostly is
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Answer:
         self.queue_seconds = 0.0
         self.retries = 0
         self._prompt: Prompt | None = None
+        self._held: Model | None = None
         self._generation: Generation | None = None
         self._kept: list[str] = []
 
@@ -108,6 +110,31 @@ class Answer:
     def text(self) -> str:
         """The text so far."""
         return "".join(self._kept)
+
+    async def hold(self, model: Model, deadline: float) -> None:
+        """Have a model in memory, if it runs here, until the answer is closed.
+
+        Args:
+            model: The model.
+            deadline: Until when to wait, by the monotonic clock.
+
+        Raises:
+            RequestError: It cannot be loaded. Another one may be asked then.
+        """
+        asked_at, refusal = time.monotonic(), None
+        self.model = model
+        self._let_go()
+        try:
+            await model.hold(deadline)
+            self._held = model
+        except BaseException as error:
+            refusal = error
+            raise
+        finally:
+            waited = time.monotonic() - asked_at
+            self.queue_seconds += waited
+            if self._trace and waited > WORTH_A_SPAN:
+                self._trace.queued(waited, refusal)
 
     async def begin(self, model: Model, prompt: Prompt, deadline: float) -> None:
         """Have a model begin to answer.
@@ -155,8 +182,14 @@ class Answer:
             self._generation.close()
             self.retries += self._generation.retries
             self._generation = None
+        self._let_go()
         if self._prompt:
             self.completion.estimate(self._prompt.messages)
+
+    def _let_go(self) -> None:
+        if self._held:
+            self._held.let_go()
+            self._held = None
 
 
 class Answering:
@@ -256,6 +289,7 @@ class Answering:
         failure: RequestError | None = None
         for model in self._pool.with_fallbacks(wanted):
             try:
+                await answer.hold(model, deadline)
                 prompt = await self._prompt(answer.chatbot, answer.question, model)
                 await answer.begin(model, prompt, deadline)
                 break

@@ -7,11 +7,14 @@ from msgspec import Struct
 
 from upchatty.cli.output import JSON, CommonSettings, print_json, print_table
 from upchatty.cli.progress import RichProgress
+from upchatty.cli.running import RunningServer
 from upchatty.engines.files import ModelFiles
 from upchatty.errors import ConfigurationError
 from upchatty.settings import Settings
 
 app = App(name="models", help="List the models, and fetch their files.")
+
+_IN_WORDS = {None: None, True: "yes", False: "no"}
 
 
 class _ModelView(Struct, kw_only=True):
@@ -21,6 +24,8 @@ class _ModelView(Struct, kw_only=True):
     file: str | None
     """None: it is at somebody else's server."""
     present: bool
+    loaded: bool | None
+    """Whether it is in memory; None: there is no server that could tell, or it is at somebody else's."""
 
     @property
     def whereabouts(self) -> str:
@@ -33,8 +38,8 @@ class _ModelView(Struct, kw_only=True):
 
 @app.command(name="list")
 def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> None:
-    """List the models of the settings, and where their files are."""
-    files = ModelFiles(settings.cache_dir)
+    """List the models of the settings, where their files are, and which a running server has in memory."""
+    files, in_memory = ModelFiles(settings.cache_dir), asyncio.run(RunningServer(settings).loaded_models())
     models = [
         _ModelView(
             name=name,
@@ -42,16 +47,20 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
             source=model.source,
             file=str(file) if (file := files.cached(model)) else None,
             present=bool(file and file.exists()),
+            loaded=None if in_memory is None or file is None else name in in_memory,
         )
         for name, model in settings.model_settings.items()
     ]
     if json:
         print_json(models)
         return
-    print_table(
-        ["NAME", "SOURCE", "FILE"],
-        [(f"{m.name} (default)" if m.default else m.name, m.source, m.whereabouts) for m in models],
-    )
+    columns = ["NAME", "SOURCE", "FILE", "LOADED"]
+    rows = [
+        (f"{m.name} (default)" if m.default else m.name, m.source, m.whereabouts, _IN_WORDS[m.loaded])
+        for m in models
+    ]
+    shown = 3 if in_memory is None else 4
+    print_table(columns[:shown], [row[:shown] for row in rows])
 
 
 @app.command
@@ -70,7 +79,7 @@ def pull(name: str | None = None, /, *, settings: CommonSettings = Settings()) -
     async def run() -> None:
         files, progress = ModelFiles(settings.cache_dir), RichProgress()
         for wanted in [name] if name else models:
-            if not models[wanted].url:
+            if models[wanted].is_local:
                 print(await files.ensure(wanted, models[wanted], progress))
 
     asyncio.run(run())

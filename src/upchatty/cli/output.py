@@ -9,6 +9,7 @@ import msgspec
 from cyclopts import Group, Parameter
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from upchatty.settings import Settings
 
@@ -30,7 +31,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     """Print rows under their headings."""
     table = Table(*(Column(name, overflow="fold") for name in columns), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(Text(_cell(value)) for value in row))  # names are no markup
     with _console.capture() as lines:
         _console.print(table)
     for line in lines.get().splitlines():

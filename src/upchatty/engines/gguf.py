@@ -94,7 +94,7 @@ class _Reader:
             return self.text()
         if kind == ARRAY:
             return self._array()
-        return self._number(SCALARS[int(kind)]) if kind in SCALARS else self._unknown()
+        return self._number(_code(int(kind)))
 
     def _array(self) -> list[int] | None:
         kind, count = int(self._number("I")), int(self._number("Q"))
@@ -102,9 +102,7 @@ class _Reader:
             for _ in range(count):
                 self._bytes(int(self._number("Q")))
             return None
-        if kind not in SCALARS:
-            self._unknown()
-        code = SCALARS[kind]
+        code = _code(kind)
         if count > MANY_LAYERS or code not in INTEGERS:
             self._bytes(count * struct.calcsize(code))
             return None
@@ -122,5 +120,9 @@ class _Reader:
         self._at += count
         return self._data[self._at - count : self._at]
 
-    def _unknown(self) -> None:
+
+def _code(kind: int) -> str:
+    """A number's type in `struct`'s terms."""
+    if kind not in SCALARS:
         raise IndexError  # nothing behind it can be found
+    return SCALARS[kind]

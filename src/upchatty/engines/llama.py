@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import structlog
 
 from upchatty.engines.client import EngineClient
@@ -23,6 +24,8 @@ from upchatty.settings import ModelSettings
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds between a crash and the next start
 STABLE_SECONDS = 60.0  # a child that has lived so long starts the back-off anew
 STOP_SECONDS = 5.0
+MIB = 1024 * 1024
+PROMPT_CACHE = 512 * MIB  # what a model keeps of prompts at most
 # How long a computing thread spins for the others before it sleeps. OpenMP's own default, milliseconds,
 # brings an engine that has to share its cores to a halt; this is enough where it has them to itself.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
@@ -47,25 +50,31 @@ class LlamaServer:
         self._process: Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._complaints: deque[str] = deque(maxlen=20)
+        self._prompt_cache = PROMPT_CACHE
         self.restarts = 0
         self.context: int | None = None
         """Tokens that one conversation may take: the setting, or less where the model was made for less."""
 
-    async def start(self) -> None:
+    async def start(self, prompt_cache: int = PROMPT_CACHE) -> None:
         """Load the model, and from then on keep it running.
+
+        Args:
+            prompt_cache: Bytes that it may keep of prompts.
 
         Raises:
             ModelFileError: llama.cpp cannot load the file.
         """
+        self._prompt_cache = prompt_cache
         await self._spawn()
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """End the child."""
-        if self._supervisor:
-            self._supervisor.cancel()
+        """End the child; it can be started again."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor:
+            supervisor.cancel()
             with suppress(asyncio.CancelledError):
-                await self._supervisor
+                await supervisor
         await self._end_process()
 
     def client(self) -> EngineClient:
@@ -77,6 +86,20 @@ class LlamaServer:
         if self._client is None:
             raise EngineNotReady(model=self._name, problem="its engine is being started")
         return self._client
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model is in memory."""
+        return self._client is not None
+
+    def resident_memory(self) -> int:
+        """The bytes of memory that the child has in use, its model's file among them."""
+        if self._process is None or self._process.returncode is not None:
+            return 0
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
 
     async def _spawn(self) -> None:
         token = secrets.token_urlsafe(32)
@@ -115,6 +138,7 @@ class LlamaServer:
             "context": self._settings.context,
             "gpu_layers": self._settings.gpu_layers,
             "speculation": self._settings.speculation,
+            "prompt_cache_mib": self._prompt_cache // MIB,
         }
 
     async def _supervise(self) -> None:

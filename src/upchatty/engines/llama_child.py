@@ -18,7 +18,6 @@ import xllamacpp
 LINUX_PR_SET_PDEATHSIG = 1  # prctl(2)
 NGRAM_MATCH, NGRAM_DRAFT = 4, 8  # tokens; on a CPU, longer drafts cost more than they bring
 BATCH_TOKENS = 128
-PROMPT_CACHE_MIB = 512
 QUIET = 1  # errors only
 
 
@@ -69,7 +68,7 @@ def _llama_parameters(parameters: dict[str, Any]) -> Any:
     llama.cpuparams.n_threads = llama.cpuparams_batch.n_threads = parameters["threads"]
     # Small batches: an abandoned prompt is dropped between two, and other answers go on in between.
     llama.n_batch = llama.n_ubatch = BATCH_TOKENS
-    llama.cache_ram_mib = PROMPT_CACHE_MIB
+    llama.cache_ram_mib = parameters["prompt_cache_mib"]
     llama.endpoint_props = True
     llama.prefill_assistant = False  # a last message of the assistant is history, not a beginning
     llama.ui = False

@@ -15,7 +15,7 @@ MIB = 1024 * 1024
 ENGINE_MEMORY = 64 * MIB  # llama.cpp's own, beside weights and conversations
 CACHE_SHARE = 8  # of the limit, one part at most is for each model's cache of prompts
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds between two attempts at a file that cannot be loaded
-PATIENCE = 5.0  # seconds that a model waits for others to fall idle before these take no more requests
+PATIENCE = 3.0  # seconds that a model waits for others to fall idle before these take no more requests
 TRY_AGAIN = 5.0  # seconds, for callers who have waited for a model in vain
 
 log = structlog.get_logger()
@@ -79,19 +79,20 @@ class Memory:
         """Unload nothing any more."""
         if self._trimming:
             self._trimming.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._trimming
+            await asyncio.wait([self._trimming])
 
     def _reserve(self, loader: "Loader") -> bool:
         """Reserve what a model needs if there is room for it. One that is too large for the limit gets all
         of it, for then it turns out what it really takes."""
-        if not self.limit:
-            return True
-        need = min(loader.need + self.cache_for(loader), self.limit)
-        if self.taken + need > self.limit:
+        need = self._need_of(loader)
+        if self.limit and self.taken + need > self.limit:
             return False
         loader.reserved = need
         return True
+
+    def _need_of(self, loader: "Loader") -> int:
+        need = loader.need + self.cache_for(loader)
+        return min(need, self.limit) if self.limit else need
 
     def cache_for(self, loader: "Loader") -> int:
         """Bytes that a model may keep of prompts."""
@@ -115,7 +116,7 @@ class Memory:
                 await self._changed.wait()
 
     def _drain_for(self, loader: "Loader") -> None:
-        missing = self.taken + loader.need - self.limit
+        missing = self.taken + self._need_of(loader) - self.limit
         for other in self._by_last_use():
             if missing > 0 and other.loaded:
                 other.draining = True
@@ -164,6 +165,7 @@ class Loader:
         self.waiting = 0
         """Requests that wait until it is loaded."""
         self.used_at = 0.0
+        self._least = 0
         self._users = 0
         self._task: asyncio.Task[None] | None = None
         self._problem = ""
@@ -190,13 +192,14 @@ class Loader:
 
         Args:
             least: Bytes of its weights and conversations.
-
-        Raises:
-            ConfigurationError: It cannot be run within the limit.
         """
-        if least > self._memory.limit:
-            raise self._too_large(least)
+        self._least = least
         self.need = least + ENGINE_MEMORY
+
+    def check_size(self) -> None:
+        """Raise ConfigurationError if the model certainly takes more memory than the limit allows."""
+        if self._memory.limit and self._least > self._memory.limit:
+            raise self._too_large(self._least)
 
     async def start(self) -> None:
         """Load the model.
@@ -241,12 +244,11 @@ class Loader:
         log.info("model unloaded", model=self._name, freed_mib=freed // MIB, **self._figures())
 
     async def stop(self) -> None:
-        """Load nothing any more, and end the engine."""
+        """Load nothing any more."""
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._memory.stop()
-        await self.server.stop()
 
     @property
     def _takes_requests(self) -> bool:
@@ -293,15 +295,15 @@ class Loader:
             return
         started = time.monotonic()
         try:
+            self.check_size()
             await self.server.start(self._memory.cache_for(self))
             self._measure()
         except (UpChattyError, OSError) as error:
             await self.server.stop()
             self.reserved = 0
             self._rest_after(error)
-            raise
-        finally:
             self._memory.changed()
+            raise
         self.loaded = self._was_loaded = True
         self._problem, self._pause = "", FIRST_PAUSE
         seconds = round(time.monotonic() - started, 1)
@@ -312,20 +314,21 @@ class Loader:
             memory_mib=self.server.resident_memory() // MIB,
             **self._figures(),
         )
+        self._memory.changed()
 
     def _measure(self) -> None:
         limit, measured = self._memory.limit, self.server.resident_memory()
         if limit and measured > limit:
             raise self._too_large(measured)
         self.need = measured or self.need
-        if limit:
-            self.reserved = min(measured + self._memory.cache_for(self), limit)
+        self.reserved = self.need + self._memory.cache_for(self)
 
     def _too_large(self, size: int) -> ConfigurationError:
+        name = self._name
         return ConfigurationError(
             setting="models_memory",
-            problem=f"the model {self._name!r} takes {size / MIB:,.0f} MiB, and {self._memory.limit / MIB:,.0f} "
-            f"MiB are allowed; allow more, or lower models.{self._name}.slots or .context",
+            problem=f"the model {name!r} takes {size // MIB} MiB, and {self._memory.limit // MIB} MiB are "
+            f"allowed; allow more, or lower models.{name}.slots or models.{name}.context",
         )
 
     def _rest_after(self, error: Exception) -> None:

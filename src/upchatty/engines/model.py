@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from upchatty.engines.client import EngineClient, EngineStream, Prompt
 from upchatty.engines.dialect import Completion, Message
 from upchatty.engines.llama import LlamaServer
+from upchatty.engines.loader import Loader
 from upchatty.engines.replica import Replica
 from upchatty.errors import EngineFailed, EngineNotReady, EngineTimeout, QueueFull, RequestError, Unavailable
 from upchatty.metrics import ModelMetrics
@@ -179,13 +180,15 @@ class Model:
         self.settings = settings
         self.metrics = metrics
         self.replicas: list[Replica] = []
+        self.loader: Loader | None = None
+        """What loads the engine, if it runs here."""
         self._queue: deque[_Waiter] = deque()
         self._homes: OrderedDict[str, Replica] = OrderedDict()
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._queue)
+        """Requests in the queue, for a slot or until the model is loaded."""
+        return len(self._queue) + (self.loader.waiting if self.loader else 0)
 
     @property
     def running(self) -> int:
@@ -195,8 +198,7 @@ class Model:
     @property
     def local(self) -> LlamaServer | None:
         """The engine, if it runs here."""
-        engine = self.replicas[0].engine
-        return engine if isinstance(engine, LlamaServer) else None
+        return self.loader.server if self.loader else None
 
     @property
     def context(self) -> int | None:
@@ -213,16 +215,35 @@ class Model:
         return await self.local.client().count_tokens(messages) if self.local else None
 
     async def start(self) -> None:
-        """Start the engine, if it runs here. Raises ModelFileError where it cannot load its model."""
-        if self.local:
-            await self.local.start()
+        """Load the model, if it runs here.
+
+        Raises:
+            ModelFileError: llama.cpp cannot load its file.
+            ConfigurationError: It takes more memory than it may.
+        """
+        if self.loader:
+            await self.loader.start()
+
+    async def hold(self, deadline: float) -> None:
+        """Have the model in memory, if it runs here, until `let_go`; see `Loader.hold`."""
+        if self.loader:
+            await self.loader.hold(deadline)
+
+    def let_go(self) -> None:
+        """End what `hold` began."""
+        if self.loader:
+            self.loader.release()
 
     async def stop(self) -> None:
         """Stop the engine, or close the connections to it."""
+        if self.loader:
+            await self.loader.stop()
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
 
     async def answers(self, seconds: float) -> bool:
-        """Whether an engine answers, found out within `seconds`."""
+        """Whether an engine answers, found out within `seconds`, or will once it is loaded again."""
+        if self.loader and self.loader.is_away:
+            return True
         clients = []
         for replica in self.replicas:
             try:

@@ -6,12 +6,14 @@ from urllib.parse import urlsplit
 from upchatty.engines.client import EngineClient
 from upchatty.engines.download import Progress
 from upchatty.engines.files import ModelFiles
+from upchatty.engines.gguf import least_memory
 from upchatty.engines.llama import LlamaServer
+from upchatty.engines.loader import Loader, Memory
 from upchatty.engines.model import Model
 from upchatty.engines.replica import Replica
 from upchatty.errors import EngineFailed
 from upchatty.metrics import Metrics
-from upchatty.settings import Settings
+from upchatty.settings import ModelSettings, Settings
 
 PROBE_SECONDS = 2.0
 
@@ -41,12 +43,17 @@ class Pool:
             progress: Shows downloads.
 
         Raises:
-            ModelFileError, DownloadError, ConfigurationError: A model cannot be had; says why.
+            ModelFileError, DownloadError, ConfigurationError: A model cannot be had, or takes more memory
+                than it may; says why.
         """
-        models = {}
+        models, memory = {}, Memory(settings.models_memory_bytes)
         for name, model in settings.model_settings.items():
             models[name] = opened = Model(name, model, metrics.of(name))
-            opened.replicas = await _replicas(opened, files, progress)
+            if model.is_local:
+                opened.loader = await _loader(name, model, memory, files, progress)
+                if name in settings.models or name == settings.default_model:
+                    opened.loader.check_size()  # of what somebody wants
+            opened.replicas = _replicas(opened)
         return cls(settings, models)
 
     def model(self, name: str | None) -> Model:
@@ -70,9 +77,8 @@ class Pool:
         return models
 
     async def start(self) -> None:
-        """Start every engine that runs here, the default one first."""
+        """Load the default model, if it runs here; the others are loaded when they are asked."""
         await self.model(None).start()
-        await asyncio.gather(*(model.start() for name, model in self.models.items() if name != self._default))
 
     async def stop(self) -> None:
         """Stop every engine that runs here."""
@@ -84,20 +90,32 @@ class Pool:
             metrics.running.labels(name).set(model.running)
             metrics.waiting.labels(name).set(model.waiting)
             metrics.engine_restarts.labels(name).set(model.restarts)
+            if model.local:
+                metrics.loaded.labels(name).set(model.local.runs)
             for replica in model.replicas:
                 metrics.replica_running.labels(name, replica.name).set(replica.running)
                 metrics.replica_open.labels(name, replica.name).set(replica.is_set_aside)
 
     async def ready(self) -> bool:
-        """Whether the default engine answers."""
+        """Whether the default engine answers, or will once it is loaded again for a request."""
         return await self.model(None).answers(PROBE_SECONDS)
 
 
-async def _replicas(model: Model, files: ModelFiles, progress: Progress | None) -> list[Replica]:
+async def _loader(
+    name: str, settings: ModelSettings, memory: Memory, files: ModelFiles, progress: Progress | None
+) -> Loader:
+    file = await files.ensure(name, settings, progress)
+    loader = Loader(name, settings, LlamaServer(name, settings, file), memory)
+    if memory.limit:
+        tokens = settings.context * settings.local_slots
+        loader.expect(await asyncio.to_thread(least_memory, file, tokens))
+    return loader
+
+
+def _replicas(model: Model) -> list[Replica]:
     settings, name = model.settings, model.name
-    if settings.is_local:
-        engine = LlamaServer(name, settings, await files.ensure(name, settings, progress))
-        return [Replica("local", engine, settings.local_slots, on_change=model.serve_queue)]
+    if model.local:
+        return [Replica("local", model.local, settings.local_slots, on_change=model.serve_queue)]
     return [
         Replica(
             urlsplit(server.url).netloc.rpartition("@")[2],
