@@ -50,7 +50,9 @@ class PreciseTimer:
     def _due(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._file, 8)
-        while self._heap and self._heap[0][0] <= time.monotonic():
-            heapq.heappop(self._heap)[2]()
-        if self._heap:
-            self._set(self._heap[0][0])
+        try:
+            while self._heap and self._heap[0][0] <= time.monotonic():
+                heapq.heappop(self._heap)[2]()
+        finally:  # a callback that fails must not stop the clock
+            if self._heap:
+                self._set(self._heap[0][0])

@@ -113,9 +113,12 @@ class Upstream(asyncio.Protocol):
             write()
 
     def _whole(self, plan: Plan) -> None:
-        self._transport.write(plan.whole)
+        if not self._transport.is_closing():
+            self._transport.write(plan.whole)
 
     def _stream(self, plan: Plan) -> None:
+        if self._transport.is_closing():
+            return
         if not plan.pause and not plan.each:
             self._transport.write(plan.at_once)
             return

@@ -249,6 +249,7 @@ def models_before(one: str, two: str, mortal: str, tls: str) -> dict[str, dict[s
         "patient": single(one, timeout_seconds=60),
         "patient-pair": first_choice(one, two, timeout_seconds=60),
         "patient-narrow": single(one, timeout_seconds=60, slots=1),
+        "refusing": first_choice(one, two),
         "crowd": pair(mortal, two, timeout_seconds=30),
         "steady-0.0": pair(one, two, mortal, timeout_seconds=30),
         "steady-0.15": pair(one, two, mortal, timeout_seconds=30),
@@ -533,6 +534,20 @@ def test_requests_a_minute_of_a_replica(world: World) -> None:
     assert world.one.stats().requests == before + 3
 
 
+@pytest.mark.parametrize("status", [400, 422])
+def test_requests_that_an_engine_refuses_are_no_failures_of_it(world: World, status: int) -> None:
+    """Else one caller's nonsense would close the model to everybody."""
+    before = world.two.stats().requests
+    world.one.set(fault="status", status=status, message="top_p: 7 is not below 1")
+    for number in range(6):
+        response = world.ask("refusing", stream=number % 2 == 1)
+        assert_error(response, response.status_code, "top_p: 7 is not below 1")
+    assert world.two.stats().requests == before
+    assert world.metric("upchatty_replica_open", model="refusing") == 0
+    world.one.set()
+    world.answered("refusing")
+
+
 def test_one_replica_in_a_list(tmp_path: Path) -> None:
     models = {"default": {"replicas": [{"url": "http://127.0.0.1:1/v1"}]}}
     listed = Server(tmp_path, UPCHATTY_MODELS=json.dumps(models)).run("models", "list")
@@ -641,14 +656,14 @@ def test_same_chatbot_stays_with_its_replica(world: World, first_pause: float) -
     upstreams = (world.one, world.two, world.mortal)
     for upstream in upstreams:
         upstream.set(fault="slow", first_pause=first_pause, pause=0.0)
-    for _ in range(6):
+    for _ in range(4):
         chatbot = world.new_chatbot(f"steady-{first_pause}")
         before = [upstream.stats().requests for upstream in upstreams]
-        for number in range(4):
+        for number in range(3):
             body = question(chatbot, f"Question {number}.")
             assert world.client.post("/chat/completions", json=body).status_code == 200
         grown = [upstream.stats().requests - count for upstream, count in zip(upstreams, before, strict=True)]
-        assert sorted(grown) == [0, 0, 4]
+        assert sorted(grown) == [0, 0, 3]
 
 
 def test_full_queue_and_its_deadline(world: World) -> None:
@@ -959,12 +974,11 @@ def test_what_the_upstream_is_asked(world: World) -> None:
     ids=lambda details: str(details.get("status", "event")),
 )
 def test_key_of_the_engine_is_never_shown(world: World, details: dict[str, Any]) -> None:
+    eventually(lambda: world.ask("keyed").status_code == 200, 10)
     world.one.set(**details, message=f"Incorrect API key provided: {ENGINE_KEY}.")
     for stream in (False, True):
         assert ENGINE_KEY not in world.ask("keyed", stream=stream).text
     assert ENGINE_KEY not in world.server.log()
-    world.one.set()
-    world.answered("keyed")
 
 
 # The faulty upstream itself.

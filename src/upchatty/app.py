@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from upchatty.tracing import Tracer  # which is costly to import
 
 BACKLOG = 2048
+GC_THRESHOLDS = (10_000, 20, 50)  # requests leave no cycles behind, so looking for them can wait
 LOCK, ADDRESS = "server.lock", "server.address"
 
 
@@ -193,6 +194,7 @@ async def _start(services: Services, listener: socket.socket, announce: Callable
     key = None if fixed else await services.keys.make_first("")
     gc.collect()
     gc.freeze()  # what was built so far stays, and need not be looked through between two tokens
+    gc.set_threshold(*GC_THRESHOLDS)
     address = _address(listener)
     with _usable_data_folder(services.settings):
         (services.settings.data_dir / ADDRESS).write_text(address)

@@ -11,7 +11,6 @@ import structlog
 
 from upchatty.settings import Settings
 
-
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
@@ -28,10 +27,7 @@ class _Unfailing:
             pass
 
     def flush(self) -> None:
-        try:
-            self._file.flush()
-        except (OSError, ValueError):
-            pass
+        pass  # nothing is buffered
 
 
 class _ToStructlog(logging.Handler):
@@ -49,10 +45,11 @@ def configure_logs(settings: Settings) -> None:
         settings: Their format and level.
     """
     on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    unbuffered = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
     structlog.configure(
         processors=_console() if on_terminal else [_as_json],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.BytesLoggerFactory(_Unfailing(sys.stderr.buffer)),  # type: ignore[arg-type]
+        logger_factory=structlog.BytesLoggerFactory(_Unfailing(unbuffered)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)

@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Collection
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CALLER_GONE = 499  # nginx's number for a caller who did not wait
-
-log = structlog.get_logger()
 
 
 class AccessLog:
@@ -36,7 +33,8 @@ class AccessLog:
         self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None", traced: Collection[str]
     ) -> None:
         self._app = app
-        self._count = cache(metrics.requests.labels)  # a label costs more than a count
+        self._requests = metrics.requests
+        self._log = structlog.get_logger().bind()  # once, since every request logs
         self._tracer = tracer
         self._traced = traced
 
@@ -56,10 +54,10 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._count(status).inc()
+            self._requests[status] += 1
             if trace:
                 trace.end(None if status == CALLER_GONE else status, request_id.decode())
-            log.info(
+            self._log.info(
                 "request",
                 id=request_id.decode(),
                 method=scope["method"],

@@ -303,7 +303,7 @@ class Answering:
             assert failure
             raise failure
         if answer.model is not wanted:
-            wanted.metrics.fallbacks(answer.model.name).inc()
+            wanted.metrics.fallbacks[answer.model.name] += 1
             answer.fallback_for = wanted.name
             answer.headers.append((b"x-upchatty-fallback", answer.model.name.encode()))
 
@@ -351,15 +351,11 @@ def _as_json(messages: list[Message]) -> str:
 
 
 def _count(metrics: ModelMetrics, record: CompletionRecord) -> None:
-    metrics.completions(record.finish_reason).inc()
-    if record.finish_reason == CANCELLED:
-        metrics.cancelled.inc()
-    if record.prompt_tokens:
-        metrics.prompt_tokens.inc(record.prompt_tokens)
-    if record.cached_tokens:
-        metrics.cached_tokens.inc(record.cached_tokens)
-    if record.completion_tokens:
-        metrics.completion_tokens.inc(record.completion_tokens)
+    metrics.completions[record.finish_reason] += 1
+    metrics.cancelled += record.finish_reason == CANCELLED
+    metrics.prompt_tokens += record.prompt_tokens
+    metrics.cached_tokens += record.cached_tokens
+    metrics.completion_tokens += record.completion_tokens
     metrics.queue.observe(record.queue_ms / 1000)
     metrics.duration.observe(record.duration_ms / 1000)
     if record.first_token_ms is not None:

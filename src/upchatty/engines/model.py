@@ -78,7 +78,7 @@ class Generation:
                 self._let_go()
                 if not self.model.may_retry(tried, deadline):
                     raise
-                self.model.metrics.retries(_reason(error)).inc()
+                self.model.metrics.retries[_reason(error)] += 1
                 self.retries += 1
                 self.completion.restart()
 
@@ -319,6 +319,12 @@ class Model:
     def _choose(self, affinity: str, tried: list[Replica]) -> Replica | None:
         """The least loaded replica, or the one that has the prefix cached unless that has far more to do."""
         now = time.monotonic()
+        if len(self.replicas) == 1:
+            [only] = self.replicas
+            if tried or not only.has_slot() or only.away_for(now):
+                return None
+            only.take()
+            return only
         best, least = None, float("inf")
         for replica in self.replicas:
             if replica.has_slot() and replica not in tried and not replica.away_for(now):
@@ -327,8 +333,7 @@ class Model:
                     best, least = replica, load
         if best is None:
             return None
-        if len(self.replicas) > 1:
-            best = self._prefer_home(affinity, best, least, tried, now)
+        best = self._prefer_home(affinity, best, least, tried, now)
         best.take()
         return best
 
