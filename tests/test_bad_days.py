@@ -352,7 +352,7 @@ STALE = {
 def test_connection_that_the_other_side_closed(world: World, name: str) -> None:
     """Nobody notices: there is no failure, and no circuit opens."""
     model = f"stale-{name}"
-    with world.nothing_leaks(model, world.one):
+    with world.nothing_leaks(model, world.one, idle=3):
         world.one.set(**STALE[name])
         for number in range(12):
             if number % 3 == 0:
@@ -541,6 +541,7 @@ def test_requests_that_an_engine_refuses_are_no_failures_of_it(world: World, sta
     world.one.set(fault="status", status=status, message="top_p: 7 is not below 1")
     for number in range(6):
         response = world.ask("refusing", stream=number % 2 == 1)
+        assert response.status_code >= 400
         assert_error(response, response.status_code, "top_p: 7 is not below 1")
     assert world.two.stats().requests == before
     assert world.metric("upchatty_replica_open", model="refusing") == 0

@@ -60,10 +60,8 @@ class Comparison:
                 Goal(f"whole answers a second, times {name}", wanted, _times(wholes, name), least=True)
                 for name, wanted in (("nginx", 0.17), ("litellm", 30), ("portkey", 3))
             ),
-            Goal(
-                "streamed chunks a second on a core", 1e5, _median(streams[OURS], "rate") * CHUNKS, least=True
-            ),
-            Goal("streamed chunks a second, times nginx", 0.9, _times(streams, "nginx"), least=True),
+            *_stream_goals("written at once", streams),
+            *_stream_goals("written one by one", packets),
         ]
 
     async def latency(self) -> list[Goal]:
@@ -150,6 +148,14 @@ class Comparison:
         ]
         heads = ["server", "requests/s", "median", "p99", "added, median", "added, p99", "CPU µs/request"]
         print(table(heads, rows), flush=True)
+
+
+def _stream_goals(how: str, results: Mapping[str, Sequence[Throughput]]) -> list[Goal]:
+    chunks = _median(results[OURS], "rate") * CHUNKS
+    return [
+        Goal(f"streamed chunks a second on a core, {how}", 1e5, chunks, least=True),
+        Goal(f"streamed chunks a second, {how}, times nginx", 0.9, _times(results, "nginx"), least=True),
+    ]
 
 
 def say(what: str) -> None:

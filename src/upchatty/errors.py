@@ -13,6 +13,7 @@
     │   ├── RateLimited              429
     │   ├── InternalError            500
     │   ├── EngineFailed             502
+    │   ├── EngineRefused            502
     │   ├── Unavailable              503
     │   │   ├── EngineNotReady
     │   │   ├── QueueFull
@@ -148,6 +149,13 @@ class EngineFailed(RequestError):
 
     status = 502
     sentence = "the engine failed: {problem}"
+
+
+class EngineRefused(RequestError):
+    """The engine does not take this request, and no other one would."""
+
+    status = 502
+    sentence = "the engine refused the request: {problem}"
 
 
 class Unavailable(RequestError):

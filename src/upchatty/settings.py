@@ -330,8 +330,9 @@ def without_credentials(url: str) -> str:
 
 
 def _model_settings(name: str, table: dict[str, Any]) -> ModelSettings:
-    if isinstance(replicas := table.get("replicas"), list):  # a list's tables come as text
-        table = table | {"replicas": [_decoded(replica) for replica in replicas]}
+    if replicas := table.get("replicas"):  # a list's tables come as text, a single one without the list
+        listed = replicas if isinstance(replicas, list) else [replicas]
+        table = table | {"replicas": [_decoded(replica) for replica in listed]}
     try:
         model = msgspec.convert(table, ModelSettings, strict=False)
     except msgspec.ValidationError as error:

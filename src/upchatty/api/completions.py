@@ -124,16 +124,18 @@ class Completions:
 
     async def _stream(self, answer: Answer, request: ChatCompletionRequest, events: EventStream) -> None:
         chunks = Chunks(answer.id, answer.created, request.model)
-        first = chunks.role()
+        unsent = chunks.role()
         events.headers += answer.headers
         async for texts in answer.pieces():
-            await events.send(first + b"".join(map(chunks.content, texts)))
-            first = b""
+            unsent += b"".join(map(chunks.content, texts))
+            if not answer.has_ended:  # else the rest goes out in the same packet
+                await events.send(unsent)
+                unsent = b""
         answer.close()  # the account is complete
         last = chunks.finish(answer.finish_reason)
         if request.stream_options and request.stream_options.include_usage:
             last += chunks.usage(msgspec.json.encode(TokenUsage.of(answer.usage)))
-        await events.finish(first + last)
+        await events.finish(unsent + last)
 
 
 @post(

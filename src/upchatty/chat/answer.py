@@ -107,6 +107,11 @@ class Answer:
         return FINISH_REASONS.get(self.completion.finish_reason or "", "stop")
 
     @property
+    def has_ended(self) -> bool:
+        """Whether there are no more pieces than were taken."""
+        return self._generation is None or self._generation.has_ended
+
+    @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self._kept)

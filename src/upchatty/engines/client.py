@@ -22,6 +22,7 @@ from upchatty.engines.origin import ConnectFailed, Origin
 from upchatty.errors import (
     EngineFailed,
     EngineNotReady,
+    EngineRefused,
     EngineTimeout,
     InvalidRequest,
     PromptTooLong,
@@ -98,6 +99,7 @@ class EngineClient:
         self.model = model
         self.timeout_seconds = timeout_seconds
         self._llama = llama
+        self._api_key = api_key
         self._tells_usage = True
         self._origin = Origin(
             base_url,
@@ -131,14 +133,14 @@ class EngineClient:
                 self._base + "/chat/completions", self._body(prompt), self.timeout_seconds, deadline, headers
             )
         except (ConnectFailed, ConnectionBroken, Silent) as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
         if connection.status == 200:
             completion.accepted = True
             return EngineStream(self, connection, CompletionReader(completion))
         try:
             refusal = connection.status, await connection.read_all()
         except (ConnectionBroken, Silent) as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
         finally:
             connection.close()
         if self._tells_usage and refusal[0] in (400, 422) and b"stream_options" in refusal[1]:
@@ -201,9 +203,9 @@ class EngineClient:
                 raise EngineFailed(problem=_error_of(data).message or f"it answered {connection.status}")
             yield data
         except (ConnectFailed, ConnectionBroken, Silent, msgspec.DecodeError) as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
 
-    def _translated(self, error: Exception) -> EngineFailed | EngineNotReady | EngineTimeout:
+    def translated(self, error: Exception) -> EngineFailed | EngineNotReady | EngineTimeout:
         """What a caller hears of trouble with the connection."""
         match error:
             case ConnectFailed():
@@ -213,7 +215,7 @@ class EngineClient:
             case ConnectionBroken():
                 return EngineFailed(problem=str(error))
             case EngineFailed():
-                return error
+                return EngineFailed(problem=self.without_key(str(error.fields["problem"])))
         return EngineFailed(problem="it sent something that is no completion")
 
     def _refused(self, status: int, data: bytes, headers: Mapping[bytes, bytes], prompt: Prompt) -> Exception:
@@ -225,17 +227,22 @@ class EngineClient:
         if status == 400 and (limit := re.search(r"maximum context length is (\d+)", message)):
             return PromptTooLong(limit=limit[1], length="more")
         if status in (400, 422) and prompt.parameters.get("response_format"):
-            return InvalidRequest(parameter="response_format", expected=message or "the engine refused it")
+            return InvalidRequest(
+                parameter="response_format", expected=self.without_key(message) or "the engine refused it"
+            )
         if status in (429, 503):
             rest = _seconds(headers.get(b"retry-after", b""))
             if status == 503:
                 return EngineNotReady(model=self.model, problem="it is loading", retry_after=rest)
-            return QueueFull(
-                model=self.model, problem="its server has too many requests", retry_after=rest
-            )
+            return QueueFull(model=self.model, problem="its server has too many requests", retry_after=rest)
         if status in (401, 403):  # what it says may quote the key
             return EngineFailed(problem=f"it refused the server's key with status {status}")
-        return EngineFailed(problem=message or f"it answered with status {status}")
+        kind = EngineRefused if status in (400, 413, 422) else EngineFailed
+        return kind(problem=self.without_key(message) or f"it answered with status {status}")
+
+    def without_key(self, message: str) -> str:
+        """What an engine says, without the key that it was asked with."""
+        return message.replace(self._api_key, "[key]") if self._api_key else message
 
 
 class EngineStream:
@@ -254,6 +261,11 @@ class EngineStream:
         self._ended = False
         self._is_whole = connection.headers.get(b"content-type", b"").startswith(b"application/json")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has said that this was all, and nothing went wrong or is held back."""
+        return self._reader.done and not self._reader.failure
+
     async def next(self) -> list[str] | None:
         """The next pieces of text, all that one network read brought; None at the end.
 
@@ -263,8 +275,8 @@ class EngineStream:
         """
         try:
             return await self._next()
-        except (ConnectionBroken, Silent, msgspec.DecodeError) as error:
-            raise self._client._translated(error) from error
+        except (EngineFailed, ConnectionBroken, Silent, msgspec.DecodeError) as error:
+            raise self._client.translated(error) from None
 
     async def _next(self) -> list[str] | None:
         reader = self._reader

@@ -103,6 +103,7 @@ class LlamaServer:
 
     async def _spawn(self) -> None:
         token = secrets.token_urlsafe(32)
+        self._complaints.clear()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "upchatty.engines.llama_child",
             stdin=PIPE, stdout=PIPE, stderr=PIPE,

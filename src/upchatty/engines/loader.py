@@ -257,7 +257,7 @@ class Loader:
     async def _wait(self, deadline: float) -> None:
         if self.waiting + self._users >= self._settings.local_slots + self._settings.queue:
             raise QueueFull(model=self._name, problem=f"{self.waiting} requests are waiting already")
-        patience = deadline - time.monotonic()
+        patience = max(0.0, deadline - time.monotonic())
         self.waiting += 1
         try:
             async with asyncio.timeout(patience):
@@ -291,11 +291,11 @@ class Loader:
         return self._task
 
     async def _load(self) -> None:
-        if not await self._memory.make_room(self) or self.loaded:
-            return
-        started = time.monotonic()
         try:
             self.check_size()
+            if not await self._memory.make_room(self) or self.loaded:
+                return
+            started = time.monotonic()
             await self.server.start(self._memory.cache_for(self))
             self._measure()
         except (UpChattyError, OSError) as error:
@@ -319,6 +319,7 @@ class Loader:
     def _measure(self) -> None:
         limit, measured = self._memory.limit, self.server.resident_memory()
         if limit and measured > limit:
+            self._least = measured  # which is not tried again
             raise self._too_large(measured)
         self.need = measured or self.need
         self.reserved = self.need + self._memory.cache_for(self)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 RETRIED = (EngineFailed, EngineTimeout, Unavailable)
 """What another replica may do better."""
-AFFINITY = 2.0  # so many times the least load is worth a prompt's prefix that is in the cache
 REMEMBERED = 10_000  # prefixes
 
 
@@ -82,6 +81,11 @@ class Generation:
                 self.retries += 1
                 self.completion.restart()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has sent all."""
+        return self._first is None and self._stream is not None and self._stream.has_ended
+
     async def next(self) -> list[str] | None:
         """The next pieces of text; None at the end.
 
@@ -106,7 +110,6 @@ class Generation:
         """Give the slot back. An engine that has not ended stops."""
         if self._replica:
             self._let_go()
-            self._replica = None
 
     async def _ask(self, prompt: Prompt, deadline: float) -> None:
         assert self._replica
@@ -152,7 +155,8 @@ class Generation:
         if self._stream:
             self._stream.close()
             self._stream = None
-        self._replica.release()
+        replica, self._replica = self._replica, None
+        replica.release()
 
 
 @dataclass(slots=True, eq=False)
@@ -294,6 +298,8 @@ class Model:
     def serve_queue(self) -> None:
         """Give out the slots that are free."""
         for waiter in [*self._queue]:
+            if waiter.slot.done():
+                continue  # it is leaving
             try:
                 self._check_reachable(waiter.tried)
             except Unavailable as error:
@@ -325,35 +331,25 @@ class Model:
                 return None
             only.take()
             return only
-        best, least = None, float("inf")
-        for replica in self.replicas:
-            if replica.has_slot() and replica not in tried and not replica.away_for(now):
-                load = replica.load(now)
-                if load < least:
-                    best, least = replica, load
-        if best is None:
+        able = [
+            replica
+            for replica in self.replicas
+            if replica.has_slot() and replica not in tried and not replica.away_for(now)
+        ]
+        if not able:
             return None
-        best = self._prefer_home(affinity, best, least, tried, now)
-        best.take()
-        return best
-
-    def _prefer_home(
-        self, affinity: str, best: Replica, least: float, tried: list[Replica], now: float
-    ) -> Replica:
+        chosen = min(able, key=lambda replica: replica.load(now))
         home = self._homes.get(affinity)
-        if (
-            home
-            and home not in tried
-            and home.has_slot()
-            and not home.away_for(now)
-            and home.load(now) <= AFFINITY * least
-        ):
-            best = home
-        self._homes[affinity] = best
-        self._homes.move_to_end(affinity)
-        if len(self._homes) > REMEMBERED:
-            self._homes.popitem(last=False)
-        return best
+        if home in able and home.is_worth_it(chosen):
+            chosen = home
+        if home is None or home.away_for(now):
+            self._homes[affinity] = chosen
+            if len(self._homes) > REMEMBERED:
+                self._homes.popitem(last=False)
+        else:
+            self._homes.move_to_end(affinity)
+        chosen.take()
+        return chosen
 
     def _check_reachable(self, tried: list[Replica]) -> None:
         """Raise Unavailable unless a replica that was not tried takes requests, now or when it has a slot."""

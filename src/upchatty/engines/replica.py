@@ -17,7 +17,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds until it is probed
 PROBE_SECONDS = 2.0
 MINUTE = 60.0
 MEMORY_SECONDS = 10.0  # a slow answer is half forgotten after seven of these seconds
-QUICKEST = 0.005  # seconds to a first token below which all are alike
+QUICKEST = 0.005  # seconds to a first token below which all are equally quick
+AFFINITY = 2.0  # so many times the work of another replica is worth a prefix in the cache
+ALIKE = 0.05  # seconds; below, latency says nothing about that
 
 log = structlog.get_logger()
 
@@ -54,7 +56,7 @@ class Replica:
         self._failures = 0
         self._pause = FIRST_PAUSE
         self._rests_until = 0.0  # because it has said so
-        self._latency, self._measured_at = 0.0, 0.0
+        self._latency, self._measured_at, self._taken_at = 0.0, 0.0, 0.0
         self._prober: asyncio.Task[None] | None = None
         self._on_trial = False
 
@@ -80,18 +82,30 @@ class Replica:
         """Whether it can begin an answer now."""
         return self.running < (1 if self._on_trial else self._slots)
 
-    def load(self, now: float) -> float:
+    def load(self, now: float) -> tuple[float, float]:
         """How long an answer would wait here, in a measure of its own: the time to the first token, as lately
-        seen, times the answers being made. This is Finagle's peak EWMA, which halves a slow server's share
-        early and forgets: https://linkerd.io/2016/03/16/beyond-round-robin-load-balancing-for-latency/."""
+        seen, times the answers being made; of equals, the one that was chosen longest ago. This is Finagle's
+        peak EWMA, which gives a slow server less early, and forgets:
+        https://linkerd.io/2016/03/16/beyond-round-robin-load-balancing-for-latency/."""
         latency = self._latency * math.exp((self._measured_at - now) / MEMORY_SECONDS)
-        return max(latency, QUICKEST) * (self.running + 1) / self._weight
+        return max(latency, QUICKEST) * self._work, self._taken_at
+
+    def is_worth_it(self, other: "Replica") -> bool:
+        """Whether this one, which has a prompt's prefix in its cache, is to be preferred to another one that
+        has less to do: unless its work, or what was last seen of its latency, is more than twice as much."""
+        known = other._latency or self._latency
+        return max(self._latency, ALIKE) * self._work <= AFFINITY * max(known, ALIKE) * other._work
+
+    @property
+    def _work(self) -> float:
+        return (self.running + 1) / self._weight
 
     def take(self) -> None:
         """Begin an answer here."""
         self.running += 1
+        self._taken_at = time.monotonic()
         if self._sent is not None:
-            self._sent.append(time.monotonic())
+            self._sent.append(self._taken_at)
 
     def release(self) -> None:
         """End an answer here."""
