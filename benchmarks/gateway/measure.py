@@ -56,7 +56,14 @@ async def throughput(server: Server, question: Question, seconds: float) -> Thro
     ]
     cpu, began = server.process.cpu_seconds(), time.monotonic()
     process = await asyncio.create_subprocess_exec(
-        *command, "--timeout", "30s", "-s", str(script), url, stdout=asyncio.subprocess.PIPE
+        *command,
+        "--timeout",
+        "30s",
+        "-s",
+        str(script),
+        url,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     reading = asyncio.create_task(process.communicate())
     checked, wrong = 0, 0
@@ -64,7 +71,11 @@ async def throughput(server: Server, question: Question, seconds: float) -> Thro
         wrong += bool(await server.pool.check(question))
         checked += 1
     cpu, took = server.process.cpu_seconds() - cpu, time.monotonic() - began
-    result = msgspec.json.decode((await reading)[0].rpartition(b"RESULT ")[2], type=_Result)
+    output = (await reading)[0]
+    if b"RESULT " not in output:
+        said = " ".join(output.decode(errors="replace").split())
+        raise peers.NotToBeHad(f"{server.target.name} cannot be measured: wrk says {said[-200:]!r}")
+    result = msgspec.json.decode(output.rpartition(b"RESULT ")[2], type=_Result)
     answers = result.answers + checked
     return Throughput(
         result.answers / result.microseconds * 1e6, cpu / max(answers, 1), cpu / took, result.errors + wrong
@@ -150,7 +161,7 @@ async def many_streams(server: Server, streams: int, seconds: int) -> ManyStream
     came = [answer for answer in answers if not mistake(answer, question)]
     late = max((answer.ended - answer.due - seconds for answer in came), default=float("nan"))
     server.pool.close()
-    await asyncio.sleep(2)
+    await asyncio.sleep(10)
     after = server.process.resident_bytes()
     return ManyStreams(streams - len(came), rest, most, after, late, cpu / streams / seconds)
 

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from ctypes import CDLL
 from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 BACKLOG = 2048
 GC_THRESHOLDS = (10_000, 20, 50)  # requests leave no cycles behind, so looking for them can wait
+TICKS_OF_REST, RUSH = 20, 100  # 2 seconds, and connections
 LOCK, ADDRESS = "server.lock", "server.address"
 
 
@@ -177,7 +179,10 @@ async def server_in_this_process(settings: Settings) -> AsyncIterator[Running]:
 async def _serve(
     server: "_HTTPServer", services: Services, listener: socket.socket, announce: Callable[[Running], None]
 ) -> None:
-    starting = asyncio.create_task(_start(services, listener, announce))
+    chatbot = await services.chatbots.make_first()
+    if fixed := services.settings.admin_key:
+        await services.keys.make_first(fixed)
+    starting = asyncio.create_task(_start(services, chatbot, listener, announce))
     starting.add_done_callback(lambda task: server.stop() if _has_failed(task) else None)
     await server.serve([listener])
     starting.cancel()
@@ -185,13 +190,12 @@ async def _serve(
         await starting
 
 
-async def _start(services: Services, listener: socket.socket, announce: Callable[[Running], None]) -> None:
-    chatbot = await services.chatbots.make_first()
-    if fixed := services.settings.admin_key:
-        await services.keys.make_first(fixed)
+async def _start(
+    services: Services, chatbot: Chatbot, listener: socket.socket, announce: Callable[[Running], None]
+) -> None:
     await services.pool.start()
     # A key that is made is shown this once, so it is made when nothing can go wrong any more.
-    key = None if fixed else await services.keys.make_first("")
+    key = None if services.settings.admin_key else await services.keys.make_first("")
     gc.collect()
     gc.freeze()  # what was built so far stays, and need not be looked through between two tokens
     gc.set_threshold(*GC_THRESHOLDS)
@@ -304,7 +308,19 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _HTTPServer(uvicorn.Server):
-    """uvicorn, which leaves the process's signals alone."""
+    """uvicorn, which leaves the process's signals alone, and gives back what a rush of callers has taken."""
+
+    _most_connections = 0
+
+    async def on_tick(self, counter: int) -> bool:
+        connections = len(self.server_state.connections)
+        self._most_connections = max(self._most_connections, connections)
+        if counter % TICKS_OF_REST == 0 and self._most_connections - connections > RUSH:
+            self._most_connections = connections
+            gc.collect()
+            trim = getattr(CDLL(None), "malloc_trim", None)  # glibc's; others give back by themselves
+            await asyncio.to_thread(trim or int, 0)
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

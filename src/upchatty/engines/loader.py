@@ -55,15 +55,16 @@ class Memory:
         if not loader.reserved and self._reserve(loader):
             return True
         async with self._turn:
-            patience = time.monotonic() + PATIENCE
+            patience_ends = time.monotonic() + PATIENCE
             try:
                 while loader.waiting and not loader.loaded:
                     if self._reserve(loader):
                         return True
+                    patience = patience_ends - time.monotonic()
+                    if patience <= 0:
+                        self._drain_for(loader)
                     if not await self._unload_idle():
-                        await self._change(patience)
-                        if time.monotonic() >= patience:
-                            self._drain_for(loader)
+                        await self._change(patience if patience > 0 else None)
                 return loader.loaded
             finally:
                 for other in self.loaders:
@@ -108,11 +109,10 @@ class Memory:
                 return True
         return False
 
-    async def _change(self, until: float) -> None:
+    async def _change(self, seconds: float | None) -> None:
         self._changed.clear()
-        left = until - time.monotonic()
         with suppress(TimeoutError):
-            async with asyncio.timeout(left if left > 0 else None):
+            async with asyncio.timeout(seconds):
                 await self._changed.wait()
 
     def _drain_for(self, loader: "Loader") -> None:

@@ -13,7 +13,7 @@ from upchatty.engines.client import EngineClient, EngineStream, Prompt
 from upchatty.engines.dialect import Completion, Message
 from upchatty.engines.llama import LlamaServer
 from upchatty.engines.loader import Loader
-from upchatty.engines.replica import Replica
+from upchatty.engines.replica import QUICKEST, Replica
 from upchatty.errors import EngineFailed, EngineNotReady, EngineTimeout, QueueFull, RequestError, Unavailable
 from upchatty.metrics import ModelMetrics
 from upchatty.settings import ModelSettings
@@ -187,7 +187,7 @@ class Model:
         self.loader: Loader | None = None
         """What loads the engine, if it runs here."""
         self._queue: deque[_Waiter] = deque()
-        self._homes: OrderedDict[str, Replica] = OrderedDict()
+        self._homes: OrderedDict[str, set[Replica]] = OrderedDict()  # who has which prefix cached
 
     @property
     def waiting(self) -> int:
@@ -323,7 +323,7 @@ class Model:
             ) from None
 
     def _choose(self, affinity: str, tried: list[Replica]) -> Replica | None:
-        """The least loaded replica, or the one that has the prefix cached unless that has far more to do."""
+        """The least loaded replica, or one that has the prefix cached unless that has far more to do."""
         now = time.monotonic()
         if len(self.replicas) == 1:
             [only] = self.replicas
@@ -338,16 +338,21 @@ class Model:
         ]
         if not able:
             return None
-        chosen = min(able, key=lambda replica: replica.load(now))
-        home = self._homes.get(affinity)
-        if home in able and home.is_worth_it(chosen):
-            chosen = home
-        if home is None or home.away_for(now):
-            self._homes[affinity] = chosen
-            if len(self._homes) > REMEMBERED:
-                self._homes.popitem(last=False)
-        else:
-            self._homes.move_to_end(affinity)
+        quickest = min((replica.latency for replica in able if replica.latency), default=0.0)
+
+        def load(replica: Replica) -> tuple[float, float]:
+            return replica.load(now, max(quickest, QUICKEST))
+
+        chosen = min(able, key=load)
+        homes = self._homes.setdefault(affinity, set())
+        if chosen not in homes and (near := homes.intersection(able)):
+            home = min(near, key=load)
+            if home.is_worth_it(chosen):
+                chosen = home
+        homes.add(chosen)
+        self._homes.move_to_end(affinity)
+        if len(self._homes) > REMEMBERED:
+            self._homes.popitem(last=False)
         chosen.take()
         return chosen
 

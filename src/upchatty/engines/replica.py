@@ -17,7 +17,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds until it is probed
 PROBE_SECONDS = 2.0
 MINUTE = 60.0
 MEMORY_SECONDS = 10.0  # a slow answer is half forgotten after seven of these seconds
-QUICKEST = 0.005  # seconds to a first token below which all are equally quick
+QUICKEST = 0.005  # seconds to a first token; below, all are equally quick
 AFFINITY = 2.0  # so many times the work of another replica is worth a prefix in the cache
 ALIKE = 0.05  # seconds; below, latency says nothing about that
 
@@ -56,7 +56,9 @@ class Replica:
         self._failures = 0
         self._pause = FIRST_PAUSE
         self._rests_until = 0.0  # because it has said so
-        self._latency, self._measured_at, self._taken_at = 0.0, 0.0, 0.0
+        self.latency = 0.0
+        """Seconds to the first token, as last seen; 0: never."""
+        self._measured_at = self._taken_at = 0.0
         self._prober: asyncio.Task[None] | None = None
         self._on_trial = False
 
@@ -82,19 +84,24 @@ class Replica:
         """Whether it can begin an answer now."""
         return self.running < (1 if self._on_trial else self._slots)
 
-    def load(self, now: float) -> tuple[float, float]:
+    def load(self, now: float, least_latency: float) -> tuple[float, float]:
         """How long an answer would wait here, in a measure of its own: the time to the first token, as lately
         seen, times the answers being made; of equals, the one that was chosen longest ago. This is Finagle's
         peak EWMA, which gives a slow server less early, and forgets:
-        https://linkerd.io/2016/03/16/beyond-round-robin-load-balancing-for-latency/."""
-        latency = self._latency * math.exp((self._measured_at - now) / MEMORY_SECONDS)
-        return max(latency, QUICKEST) * self._work, self._taken_at
+        https://linkerd.io/2016/03/16/beyond-round-robin-load-balancing-for-latency/.
+
+        Args:
+            now: The monotonic clock's time.
+            least_latency: Seconds that the quickest one takes; the others are taken for no quicker.
+        """
+        latency = self.latency * math.exp((self._measured_at - now) / MEMORY_SECONDS)
+        return max(latency, least_latency) * self._work, self._taken_at
 
     def is_worth_it(self, other: "Replica") -> bool:
         """Whether this one, which has a prompt's prefix in its cache, is to be preferred to another one that
         has less to do: unless its work, or what was last seen of its latency, is more than twice as much."""
-        known = other._latency or self._latency
-        return max(self._latency, ALIKE) * self._work <= AFFINITY * max(known, ALIKE) * other._work
+        known = other.latency or self.latency
+        return max(self.latency, ALIKE) * self._work <= AFFINITY * max(known, ALIKE) * other._work
 
     @property
     def _work(self) -> float:
@@ -115,8 +122,8 @@ class Replica:
     def answered(self, seconds: float) -> None:
         """It has begun to answer, so many seconds after it was asked."""
         now = time.monotonic()
-        decayed = self._latency * math.exp((self._measured_at - now) / MEMORY_SECONDS)
-        self._latency = seconds if seconds > decayed else (decayed + seconds) / 2
+        decayed = self.latency * math.exp((self._measured_at - now) / MEMORY_SECONDS)
+        self.latency = seconds if seconds > decayed else (decayed + seconds) / 2
         self._measured_at = now
         if self._failures or self._on_trial:
             self._failures, self._pause, self._on_trial = 0, FIRST_PAUSE, False
