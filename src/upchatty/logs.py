@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
@@ -55,6 +55,21 @@ def configure_logs(settings: Settings) -> None:
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
 
 
+def request_logger() -> Callable[..., None]:
+    """What logs a line about every request: `structlog.get_logger().info`, in JSON without its layers, which
+    take longer than the line."""
+    processors, factory = structlog.get_config()["processors"], structlog.get_config()["logger_factory"]
+    bound = structlog.get_logger().bind()
+    if processors != [_as_json] or not bound.is_enabled_for(logging.INFO):
+        return bound.info  # type: ignore[no-any-return]
+    write = factory().msg
+
+    def info(event: str, **fields: Any) -> None:
+        write(_as_json(None, "info", {"event": event} | fields))
+
+    return info
+
+
 def _console() -> list[Any]:
     return [
         structlog.processors.add_log_level,
@@ -73,5 +88,5 @@ def _as_json(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes
     if "exc_info" in event:
         event = structlog.processors.format_exc_info(logger, method, event)
     event["level"] = method
-    event["time"] = datetime.now(UTC).isoformat()
+    event["time"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     return _encode(event)

@@ -5,11 +5,11 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 from uuid_utils import uuid7
 
+from upchatty.logs import request_logger
 from upchatty.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class AccessLog:
     ) -> None:
         self._app = app
         self._requests = metrics.requests
-        self._log = structlog.get_logger().bind()  # once, since every request logs
+        self._log = request_logger()
         self._tracer = tracer
         self._traced = traced
 
@@ -57,7 +57,7 @@ class AccessLog:
             self._requests[status] += 1
             if trace:
                 trace.end(None if status == CALLER_GONE else status, request_id.decode())
-            self._log.info(
+            self._log(
                 "request",
                 id=request_id.decode(),
                 method=scope["method"],

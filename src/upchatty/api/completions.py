@@ -102,8 +102,9 @@ class Completions:
             headers.get(b"authorization", b"").decode("latin-1")
         )
         scope["auth"] = caller.key_id
+        body = await read_body(headers, receive, self._most_bytes)
         check_is_json(headers)
-        request = decode(await read_body(headers, receive, self._most_bytes), ChatCompletionRequest)
+        request = decode(body, ChatCompletionRequest)
         question = request.question(_patience(headers))
         if question.streamed:
             events.open()
@@ -127,7 +128,7 @@ class Completions:
         unsent = chunks.role()
         events.headers += answer.headers
         async for texts in answer.pieces():
-            unsent += b"".join(map(chunks.content, texts))
+            unsent += chunks.contents(texts)
             if not answer.has_ended:  # else the rest goes out in the same packet
                 await events.send(unsent)
                 unsent = b""

@@ -32,16 +32,18 @@ class Chunks:
     def __init__(self, completion_id: str, created: int, model: str) -> None:
         head = {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._head = b"data: " + _encode(head)[:-1]
-        self._content = self._head + b',"choices":[{"index":0,"delta":{"content":'
+        self._before = self._head + b',"choices":[{"index":0,"delta":{"content":'
+        self._after = b'},"finish_reason":null}]}\n\n'
+        self._between = self._after + self._before
 
     def role(self) -> bytes:
         """The first chunk."""
         delta = b'{"role":"assistant","content":""}'
         return self._head + b',"choices":[{"index":0,"delta":' + delta + b',"finish_reason":null}]}\n\n'
 
-    def content(self, text: str) -> bytes:
-        """A piece of the answer."""
-        return self._content + _encode(text) + b'},"finish_reason":null}]}\n\n'
+    def contents(self, texts: list[str]) -> bytes:
+        """Pieces of the answer, a chunk for each."""
+        return self._before + self._between.join(map(_encode, texts)) + self._after
 
     def finish(self, reason: str) -> bytes:
         """The chunk that says why the answer ended."""

@@ -3,9 +3,9 @@
 import asyncio
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from operator import attrgetter
 
+import msgspec
 import structlog
 
 from upchatty.errors import StorageUnavailable
@@ -23,8 +23,7 @@ log = structlog.get_logger()
 _row = attrgetter(*COLUMNS)
 
 
-@dataclass(slots=True)
-class CompletionRecord:
+class CompletionRecord(msgspec.Struct):
     """What is kept of one completion. `created_at` is unix milliseconds, the other times milliseconds."""
 
     id: str

@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
@@ -30,8 +29,7 @@ CANCELLED, FAILED = "cancelled", "error"
 WORTH_A_SPAN = 0.001  # seconds until a model that runs here is in memory, where it mostly is
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """What a caller asks.
 
     Args:
@@ -46,7 +44,7 @@ class Question:
     chatbot: str
     messages: list[Message]
     max_tokens: int | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = {}
     streamed: bool = False
     patience: float | None = None
 
@@ -237,7 +235,7 @@ class Answering:
             raise Forbidden(problem="this key does not open that chatbot")
         wanted = self._pool.model(chatbot.model)
         if admission := await self._admit(caller, chatbot, question, wanted):
-            question = replace(question, max_tokens=admission.max_tokens)
+            question = msgspec.structs.replace(question, max_tokens=admission.max_tokens)
         answer = Answer(chatbot, question, wanted, asked_at, trace)
         if admission and question.streamed:  # whose headers go out before it is known what it takes
             answer.headers += admission.headers

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -37,8 +36,7 @@ QUIET_SECONDS = 30.0  # for calls that take an engine no time
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """What an engine is asked.
 
     Args:
@@ -47,7 +45,7 @@ class Prompt:
     """
 
     messages: list[Message]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = {}
 
 
 class _ErrorBody(msgspec.Struct):

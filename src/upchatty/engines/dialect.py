@@ -10,23 +10,24 @@ Format: https://platform.openai.com/docs/api-reference/chat-streaming.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from upchatty.engines.sse import EventReader
+from upchatty.engines.template import ChunkTemplate
 from upchatty.errors import EngineFailed
 
 Message = dict[str, str]
 """`{"role": …, "content": …}`"""
+LESSONS = 8  # events at the beginning of a stream in which a template is looked for
+EVENT_END = b"\n\n"
 THINK, END_THINK = "<think>", "</think>"
 MESSAGE_TOKENS = 4  # what a chat template adds to each message, about
 TOKEN = re.compile(r"[A-Za-z]{1,6}|\d{1,3}|[^\W\dA-Za-z]{1,2}|[^\w\s]")
 
 
-@dataclass(slots=True)
-class Usage:
+class Usage(msgspec.Struct):
     """Tokens."""
 
     prompt_tokens: int = 0
@@ -34,11 +35,10 @@ class Usage:
     cached_tokens: int = 0
 
 
-@dataclass(slots=True)
-class Completion:
+class Completion(msgspec.Struct):
     """An answer as far as it has come. Its reader updates it while it streams."""
 
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = msgspec.field(default_factory=Usage)
     finish_reason: str | None = None
     accepted: bool = False
     """Whether an engine has begun to work on it."""
@@ -117,7 +117,9 @@ class CompletionReader:
         self._completion = completion
         self._events = EventReader()
         self._reasoning: _Reasoning | None = _Reasoning()  # None once the answer proper has begun
-        self.failure: EngineFailed | msgspec.DecodeError | None = None
+        self._template: ChunkTemplate | None = None
+        self._lessons = LESSONS
+        self.failure: EngineFailed | ValueError | None = None
         """What went wrong after the texts that were returned."""
         self.done = False
         """Whether the engine has said that this was all."""
@@ -131,18 +133,13 @@ class CompletionReader:
         """Take the next bytes of a stream, and return the texts that they bring."""
         texts: list[str] = []
         try:
-            for data in self._events.feed(packet):
-                if data == b"[DONE]":
-                    self.done = True
-                    continue
-                chunk = _read_chunk(data)
-                if self._reasoning is None and (text := _plain_text(chunk)):
-                    texts.append(text)
-                    self._completion.usage.completion_tokens += 1
-                    self._completion.estimated = True
-                elif text := self._take(chunk):
-                    texts.append(text)
-        except (EngineFailed, msgspec.DecodeError) as error:
+            while packet:
+                if self._template and self._events.is_between_events:
+                    plain, packet = self._template.take(packet)
+                    self._count_plain(len(plain))
+                    texts += plain
+                packet = self._take_events(packet, texts)
+        except (EngineFailed, ValueError) as error:  # of JSON, and of UTF-8
             self.failure = error
         return texts
 
@@ -158,6 +155,40 @@ class CompletionReader:
         texts = self.feed(b"\n\n")
         held = self._reasoning.rest() if self._reasoning else ""
         return [*texts, held] if held else texts
+
+    def _take_events(self, packet: bytes, texts: list[str]) -> bytes:
+        """Read a packet's events, only the first one while there is something to be learned from it; return
+        the rest."""
+        rest = b""
+        if self._lessons and (end := packet.find(EVENT_END)) >= 0:
+            self._lessons -= 1
+            end += len(EVENT_END)
+            packet, rest = packet[:end], packet[end:]
+        for data in self._events.feed(packet):
+            if data == b"[DONE]":
+                self.done = True
+            elif text := self._text_of(data):
+                texts.append(text)
+        return rest
+
+    def _text_of(self, data: bytes) -> str | None:
+        """The text of an event, its chunk parsed where that is needed."""
+        if self._template and (text := self._template.text_of(data)) is not None:
+            self._count_plain(bool(text))
+            return text
+        chunk = _read_chunk(data)
+        if self._reasoning is not None or not (text := _plain_text(chunk)):
+            return self._take(chunk)
+        self._count_plain(1)
+        if self._lessons and (template := ChunkTemplate.learned(data, text)):
+            self._template, self._lessons = template, 0
+        return text
+
+    def _count_plain(self, texts: int) -> None:
+        """Count texts of chunks that say nothing of usage: most engines send one for each token."""
+        if texts:
+            self._completion.usage.completion_tokens += texts
+            self._completion.estimated = True
 
     def _take(self, chunk: _Chunk) -> str | None:
         if chunk.error is not None or chunk.object == "error":
@@ -199,8 +230,7 @@ class CompletionReader:
             usage.cached_tokens = (details and details.cached_tokens) or 0
             completion.estimated = False
         elif text and chunk.timings is None:
-            usage.completion_tokens += 1  # engines that count at the end only send an event for each token
-            completion.estimated = True
+            self._count_plain(1)
 
 
 def _plain_text(chunk: _Chunk) -> str | None:

@@ -16,6 +16,11 @@ class EventReader:
         self._rest = b""
         self._data: list[bytes] = []
 
+    @property
+    def is_between_events(self) -> bool:
+        """Whether the next byte begins an event."""
+        return not self._rest and not self._data
+
     def feed(self, packet: bytes) -> list[bytes]:
         """Take the next bytes.
 
@@ -28,7 +33,7 @@ class EventReader:
         Raises:
             EngineFailed: An event is longer than any real one.
         """
-        if not self._rest and not self._data and packet.startswith(b"data: ") and packet.endswith(b"\n\n"):
+        if self.is_between_events and packet.startswith(b"data: ") and packet.endswith(b"\n\n"):
             events = packet[6:-2].split(b"\n\ndata: ")
             if packet.count(b"\n") == 2 * len(events):
                 return events  # whole events of a line each, as nearly all packets
