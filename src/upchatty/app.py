@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from upchatty.tracing import Tracer  # which is costly to import
 
 BACKLOG = 2048
-GC_THRESHOLDS = (10_000, 20, 50)  # requests leave no cycles behind, so looking for them can wait
+GC_THRESHOLDS = (2_000, 20, 100)  # requests leave no cycles behind, so looking for them can wait
 TICKS_OF_REST, RUSH = 20, 100  # 2 seconds, and connections
 LOCK, ADDRESS = "server.lock", "server.address"
 

@@ -13,7 +13,7 @@ from upchatty.metrics import Metrics
 from upchatty.storage.completions import COLUMNS, add_completions
 from upchatty.storage.database import Database
 
-BATCH_SECONDS = 0.03  # with the time of a commit, less than the 100 ms that a crash may cost
+BATCH_SECONDS = 0.05  # with the time of a commit, less than the 100 ms that a crash may cost
 BATCH_SIZE = 500
 RETRY_SECONDS = 1.0
 KEPT_RECORDS = 10_000  # while the database cannot take them

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Column, Dialect, Table, func, select
+from sqlalchemy import Column, Dialect, Table, bindparam, exists, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from upchatty.storage.database import Database
 from upchatty.storage.tables import chatbots, completions
 
 COLUMNS = tuple(column.name for column in completions.columns)
-CHATBOT = COLUMNS.index("chatbot_id")
 INSERT: dict[str, Callable[[Table], sqlite.Insert | postgresql.Insert]] = {
     "sqlite": sqlite.insert,
     "postgresql": postgresql.insert,
@@ -27,13 +26,11 @@ async def add_completions(database: Database, records: Sequence[tuple[Any, ...]]
         database: Where to.
         records: Values in the order of `COLUMNS`, JSON as text.
     """
-    wanted = {record[CHATBOT] for record in records}
     async with database.transaction() as connection:
-        present = set(
-            (await connection.execute(select(chatbots.c.id).where(chatbots.c.id.in_(wanted)))).scalars()
+        statement, again = _insert(connection.dialect)
+        await connection.exec_driver_sql(
+            statement, [(*record, *(record[place] for place in again)) for record in records]
         )
-        if rows := [record for record in records if record[CHATBOT] in present]:
-            await connection.exec_driver_sql(_insert(connection.dialect), rows)
 
 
 async def tokens_since(database: Database, owner: Column[Any], owner_id: str, since: int) -> int:
@@ -53,8 +50,13 @@ async def tokens_since(database: Database, owner: Column[Any], owner_id: str, si
 
 
 @cache
-def _insert(dialect: Dialect) -> str:
-    """The statement as the driver takes it; SQLAlchemy's own work for a row takes longer than the insert."""
-    compiled = INSERT[dialect.name](completions).on_conflict_do_nothing().compile(dialect=dialect)
-    assert tuple(compiled.positiontup or ()) == COLUMNS
-    return str(compiled)
+def _insert(dialect: Dialect) -> tuple[str, list[int]]:
+    """The statement as the driver takes it, since SQLAlchemy's own work for a row takes longer than the
+    insert; and the places of the columns whose values it wants once more behind a record's."""
+    values = select(*(bindparam(column.name, type_=column.type) for column in completions.columns))
+    is_there = exists().where(chatbots.c.id == bindparam("chatbot_id", type_=chatbots.c.id.type))
+    insert = INSERT[dialect.name](completions).from_select(list(COLUMNS), values.where(is_there))
+    compiled = insert.on_conflict_do_nothing().compile(dialect=dialect)
+    places = [COLUMNS.index(name) for name in compiled.positiontup or ()]
+    assert places[: len(COLUMNS)] == list(range(len(COLUMNS)))
+    return str(compiled), places[len(COLUMNS) :]
