@@ -1,9 +1,14 @@
 """Structured logs on standard error: JSON lines, or coloured ones on a terminal."""
 
+import atexit
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import msgspec
@@ -11,23 +16,50 @@ import structlog
 
 from upchatty.settings import Settings
 
+PAUSE_SECONDS = 0.05  # between two writes, which take what has come together
+MOST_LINES = 100_000  # that wait to be written; further ones are lost
+CLOSE_SECONDS = 3.0
+
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
-class _Unfailing:
-    """A binary file whose trouble (a full disk, a closed pipe) is nobody's trouble."""
+class _Background:
+    """A binary file that a thread of its own writes to: a disk or a pipe that is busy must hold up nobody's
+    answer. Its trouble (a full disk, a closed pipe) is nobody's trouble.
+
+    Args:
+        file: The file.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def write(self, line: bytes) -> None:
-        try:
-            self._file.write(line)
-        except (OSError, ValueError):
-            pass
+        if self._lines.qsize() < MOST_LINES:
+            self._lines.put(line)
 
     def flush(self) -> None:
-        pass  # nothing is buffered
+        pass  # the thread does
+
+    def close(self) -> None:
+        """Write what is left, within a few seconds."""
+        self._lines.put(None)
+        self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        lines: list[bytes | None] = []
+        while None not in lines:
+            lines = [self._lines.get()]
+            while not self._lines.empty():
+                lines.append(self._lines.get())
+            with suppress(OSError, ValueError):
+                self._file.write(b"".join(filter(None, lines)))
+                self._file.flush()
+            time.sleep(0 if None in lines else PAUSE_SECONDS)
 
 
 class _ToStructlog(logging.Handler):
@@ -45,11 +77,10 @@ def configure_logs(settings: Settings) -> None:
         settings: Their format and level.
     """
     on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
-    unbuffered = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
     structlog.configure(
         processors=_console() if on_terminal else [_as_json],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.BytesLoggerFactory(_Unfailing(unbuffered)),  # type: ignore[arg-type]
+        logger_factory=structlog.BytesLoggerFactory(_Background(sys.stderr.buffer)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
