@@ -112,6 +112,7 @@ async def test_fallbacks_that_refer_to_each_other_end(tmp_path: Path) -> None:
         ({"replicas": [{"url": "http://a/v1", "wieght": 1}]}, ["wieght"]),
         ({"replicas": [{"url": "gpu1:8000"}]}, ["http://", "gpu1:8000"]),
         ({"url": "ftp://a/v1"}, ["http://", "ftp"]),
+        ({"url": "http://bücher.example/v1"}, ["http://", "bücher"]),
         ({"url": "http://a/v1", "fallback": "nobody"}, ["fallback", "nobody"]),
         ({"url": "http://a/v1", "fallback": "default"}, ["fallback", "another model"]),
         ({"url": "http://a/v1", "deadline_seconds": 0}, ["deadline_seconds"]),
@@ -124,8 +125,16 @@ def test_wrong_settings_are_told(model: dict[str, Any], words: list[str]) -> Non
         assert word in str(told.value)
 
 
-async def test_a_key_that_is_not_there_keeps_the_server_from_starting(tmp_path: Path) -> None:
-    models = {"default": {"replicas": [{"url": "http://127.0.0.1:9/v1", "api_key_env": "NOT_SET_ANYWHERE"}]}}
-    with pytest.raises(ConfigurationError, match="NOT_SET_ANYWHERE"):
-        async with running_server(Settings(data_dir=tmp_path, models=models)):
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [({"api_key_env": "NOT_SET_ANYWHERE"}, "NOT_SET"), ({"api_key_file": "two lines"}, "ASCII")],
+)
+async def test_a_key_that_is_none_keeps_the_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: dict[str, str], word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two lines").write_text("first\nsecond\n")
+    models = {"default": {"replicas": [{"url": "http://127.0.0.1:9/v1"} | key]}}
+    with pytest.raises(ConfigurationError, match=word):
+        async with running_server(Settings(data_dir=tmp_path / "data", models=models)):
             pass

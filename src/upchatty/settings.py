@@ -65,13 +65,15 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         """
         if self.api_key_env:
             if key := os.environ.get(self.api_key_env):
-                return key
+                return _checked_key(key, f"{setting}.api_key_env")
             raise ConfigurationError(
                 setting=f"{setting}.api_key_env", problem=f"the variable {self.api_key_env} is not set"
             )
         if self.api_key_file:
             try:
-                return Path(self.api_key_file).read_text().strip()
+                return _checked_key(
+                    Path(self.api_key_file).read_text(errors="replace"), f"{setting}.api_key_file"
+                )
             except OSError as error:
                 raise ConfigurationError(
                     setting=f"{setting}.api_key_file", problem=f"cannot be read ({error.strerror})"
@@ -186,7 +188,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             )
         for server in self.servers:
             parts = urlsplit(server.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if parts.scheme not in ("http", "https") or not parts.hostname or not server.url.isascii():
                 raise ConfigurationError(
                     setting=f"models.{name}.url",
                     problem=f"expected http://… or https://…, got {server.url!r}",
@@ -321,6 +323,14 @@ class Settings:
     def sqlite_file(self) -> Path | None:
         """The SQLite file, or None where another database is configured."""
         return None if self.database_url else self.data_dir / "upchatty.db"
+
+
+def _checked_key(key: str, setting: str) -> str:
+    """A key that fits into a header."""
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigurationError(setting=setting, problem="expected a key of printable ASCII characters")
+    return key
 
 
 def without_credentials(url: str) -> str:
