@@ -111,7 +111,8 @@ class Server:
         return httpx.Client(base_url=self.api, headers=headers, timeout=60, **options)
 
     def log(self) -> str:
-        """What the server has logged."""
+        """What the server has logged; its lines are written every 20 ms."""
+        time.sleep(0.1)
         return self.log_file.read_text(errors="replace")
 
     def metric(self, name: str, **labels: str) -> float:

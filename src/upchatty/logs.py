@@ -16,7 +16,7 @@ import structlog
 
 from upchatty.settings import Settings
 
-PAUSE_SECONDS = 0.05  # between two writes, which take what has come together
+PAUSE_SECONDS = 0.02  # between two writes, which take what has come together
 MOST_LINES = 100_000  # that wait to be written; further ones are lost
 CLOSE_SECONDS = 3.0
 
