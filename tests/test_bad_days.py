@@ -1012,8 +1012,8 @@ def test_upstream_does_not_load_the_server() -> None:
 
 
 def test_upstream_ends_with_whoever_started_it() -> None:
-    code = "from upchatty.testing import FaultyUpstream; u = FaultyUpstream(); u.restart(); print(u.url, flush=True)"
-    code += "; import os; os._exit(0)"
+    code = "from upchatty.testing import FaultyUpstream; u = FaultyUpstream(); u.restart()"
+    code += "; print(u.url, flush=True); import os; os._exit(0)"
     url = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
     def has_ended() -> bool:
