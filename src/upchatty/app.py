@@ -179,9 +179,10 @@ async def server_in_this_process(settings: Settings) -> AsyncIterator[Running]:
 async def _serve(
     server: "_HTTPServer", services: Services, listener: socket.socket, announce: Callable[[Running], None]
 ) -> None:
-    chatbot = await services.chatbots.make_first()
-    if fixed := services.settings.admin_key:
-        await services.keys.make_first(fixed)
+    async with services.database.one_at_a_time():
+        chatbot = await services.chatbots.make_first()
+        if fixed := services.settings.admin_key:
+            await services.keys.make_first(fixed)
     starting = asyncio.create_task(_start(services, chatbot, listener, announce))
     starting.add_done_callback(lambda task: server.stop() if _has_failed(task) else None)
     await server.serve([listener])
@@ -195,7 +196,8 @@ async def _start(
 ) -> None:
     await services.pool.start()
     # A key that is made is shown this once, so it is made when nothing can go wrong any more.
-    key = None if services.settings.admin_key else await services.keys.make_first("")
+    async with services.database.one_at_a_time():
+        key = None if services.settings.admin_key else await services.keys.make_first("")
     gc.collect()
     gc.freeze()  # what was built so far stays, and need not be looked through between two tokens
     gc.set_threshold(*GC_THRESHOLDS)

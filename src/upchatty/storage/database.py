@@ -21,7 +21,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # No connection, a failed login, no such database, a read-only one, no resources, shutting down or starting:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 UNAVAILABLE = ("08", "28", "3D", "25006", "53", "57P")
-MIGRATION_LOCK = 0x75706368  # any number will do, as long as every server takes the same one
+MIGRATION_LOCK, START_LOCK = 0x75706368, 0x75706369  # any will do, if every server takes the same ones
 
 
 class Database:
@@ -57,6 +57,20 @@ class Database:
             if error.connection_invalidated or _sqlstate(error).startswith(UNAVAILABLE):
                 raise StorageUnavailable from error
             raise
+
+    @asynccontextmanager
+    async def one_at_a_time(self) -> AsyncIterator[None]:
+        """A block in which only one of the servers on this database is; SQLite's has one only.
+
+        Raises:
+            StorageUnavailable: The database cannot be reached.
+        """
+        if self._sqlite_file:
+            yield
+            return
+        async with self.transaction() as connection:
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": START_LOCK})
+            yield
 
     async def migrate(self) -> None:
         """Bring the schema up to date; on SQLite a snapshot of what was there is taken first.
