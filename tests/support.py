@@ -14,6 +14,7 @@ import httpx
 ADMIN_KEY = "upchatty_test_admin_key_0123456789"
 START_SECONDS = 60
 STOP_SECONDS = 40
+UNENCRYPTED: dict[str, Any] = {"verify": False}  # spares each client of httpx 50 ms of reading certificates
 
 
 class Server:
@@ -108,6 +109,7 @@ class Server:
     def client(self, key: str | None = ADMIN_KEY, **options: Any) -> httpx.Client:
         """An HTTP client of the API with this key."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        options = UNENCRYPTED | options
         return httpx.Client(base_url=self.api, headers=headers, timeout=60, **options)
 
     def log(self) -> str:
@@ -119,7 +121,7 @@ class Server:
         """A metric's value, 0 where it has none yet."""
         wanted = "".join(f'.*{label}="{value}"' for label, value in labels.items())
         pattern = rf"^{name}(?:{{{wanted}.*}})? (\S+)$" if labels else rf"^{name}(?:{{.*}})? (\S+)$"
-        found = re.search(pattern, httpx.get(self.address + "/metrics").text, re.MULTILINE)
+        found = re.search(pattern, httpx.get(self.address + "/metrics", **UNENCRYPTED).text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
 

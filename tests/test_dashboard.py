@@ -34,7 +34,7 @@ async def exposed(folder: Path) -> set[str]:
     """The metrics of a server that has just started."""
     async with ScriptedEngine() as engine:
         settings = Settings(data_dir=folder, models={"default": {"url": engine.url}})
-        async with running_server(settings) as server, httpx.AsyncClient() as client:
+        async with running_server(settings) as server, httpx.AsyncClient(verify=False) as client:
             text = (await client.get(server.address + "/metrics")).text
     names = set(re.findall(r"^# TYPE (upchatty_\w+)", text, re.MULTILINE))
     return {name for name in names if not name.endswith("_created")}

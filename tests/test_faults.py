@@ -271,7 +271,7 @@ async def scripted(tmp_path: Path) -> AsyncIterator[Scripted]:
         async with running_server(Settings(data_dir=tmp_path, models={"default": model})) as server:
             headers = {"Authorization": f"Bearer {server.key}"}
             async with httpx.AsyncClient(
-                base_url=server.address + "/api/v1", headers=headers, timeout=30
+                verify=False, base_url=server.address + "/api/v1", headers=headers, timeout=30
             ) as client:
                 yield Scripted(engine, client, server.chatbot.id)
 
@@ -425,7 +425,7 @@ async def test_keep_alive_while_nothing_comes(tmp_path: Path) -> None:
     async with ScriptedEngine() as engine:
         engine.script(*scripts)
         settings = Settings(data_dir=tmp_path, models={"default": {"url": engine.url}})
-        async with running_server(settings) as server, httpx.AsyncClient(timeout=30) as client:
+        async with running_server(settings) as server, httpx.AsyncClient(verify=False, timeout=30) as client:
             url, headers = (
                 server.address + "/api/v1/chat/completions",
                 {"Authorization": f"Bearer {server.key}"},
