@@ -110,7 +110,7 @@ class Server:
         """An HTTP client of the API with this key."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         options = UNENCRYPTED | options
-        return httpx.Client(base_url=self.api, headers=headers, timeout=60, **options)
+        return httpx.Client(base_url=self.api, headers=headers, timeout=110, **options)
 
     def log(self) -> str:
         """What the server has logged; its lines are written every 20 ms."""

@@ -350,12 +350,14 @@ def test_oldest_turns_give_way(
     assert CONTEXT * 3 // 4 - 700 < usage["prompt_tokens"] <= CONTEXT
 
 
+@pytest.mark.timeout(240)  # so long a prompt takes a busy machine its time
 @pytest.mark.usefixtures("once")
 def test_newest_question_alone_is_kept_whole(
     client: httpx.Client, make_bot: Callable[..., str], count_tokens: Callable[[Messages], int]
 ) -> None:
     bot = make_bot(instructions="Be brief.", max_tokens=4)
-    newest = said("word " * 3900)
+    client.timeout = 230
+    newest = said("word " * 3200)
     usage = ask(client, bot, messages=[*said("old " * 500, "older " * 500), *newest], max_tokens=1)["usage"]
     assert usage["prompt_tokens"] == count_tokens([{"role": "system", "content": "Be brief."}, *newest])
 
