@@ -1,6 +1,6 @@
 """`POST /chat/completions`: OpenAI's request in, an answer out, whole or streamed.
 
-It stands before the framework, whose layers would take a third of a request's time: docs/benchmarks.md.
+It stands before the framework, whose layers cost time that every answer would have to spend.
 
 Protocol: https://platform.openai.com/docs/api-reference/chat
 """

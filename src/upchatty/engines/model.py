@@ -115,7 +115,7 @@ class Generation:
         assert self._replica
         replica, started = self._replica, time.monotonic()
         try:
-            client = replica.engine if isinstance(replica.engine, EngineClient) else replica.engine.client()
+            client = _client(replica)
             if self._trace:
                 self._attempt = self._trace.attempt(
                     model=self.model.name,

@@ -1,6 +1,6 @@
 """A server that engines answer on, and the connections to it.
 
-Against aiohttp's client this takes a third of the CPU time for an answer: docs/benchmarks.md.
+Why not aiohttp's client: docs/benchmarks.md.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ class ConnectFailed(Exception):
 
 
 class Origin:
-    """One server, by its base URL.
+    """One server.
 
     Args:
-        url: `http://…` or `https://…`, with the path that every request's path is added to.
+        url: `http://…` or `https://…`; a path in it does not count.
         headers: Sent with every request.
         keep_alive: Whether a connection serves more than one request.
 
@@ -46,7 +46,6 @@ class Origin:
             raise ValueError(f"expected http://… or https://…, got {url!r}")
         self._host = parts.hostname
         self._port = parts.port or DEFAULT_PORTS[parts.scheme]
-        self._path = parts.path.rstrip("/")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._proxy = _proxy(parts.scheme, parts.netloc)
         self._keep_alive = keep_alive
