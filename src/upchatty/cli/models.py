@@ -19,6 +19,7 @@ _IN_WORDS = {None: None, True: "yes", False: "no"}
 
 class _ModelView(Struct, kw_only=True):
     name: str
+    task: str
     default: bool
     source: str
     file: str | None
@@ -43,7 +44,8 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
     models = [
         _ModelView(
             name=name,
-            default=name == settings.default_model,
+            task=model.task,
+            default=name in (settings.default_model, settings.embedding_model, settings.reranker),
             source=model.source,
             file=str(file) if (file := files.cached(model)) else None,
             present=bool(file and file.exists()),
@@ -54,12 +56,15 @@ def list_all(*, json: JSON = False, settings: CommonSettings = Settings()) -> No
     if json:
         print_json(models)
         return
-    columns = ["NAME", "SOURCE", "FILE", "LOADED"]
+    columns = ["NAME", "TASK", "SOURCE", "FILE", "LOADED"]
     rows = [
-        (f"{m.name} (default)" if m.default else m.name, m.source, m.whereabouts, _IN_WORDS[m.loaded])
+        (
+            f"{m.name} (default)" if m.default else m.name,
+            *(m.task, m.source, m.whereabouts, _IN_WORDS[m.loaded]),
+        )
         for m in models
     ]
-    shown = 3 if in_memory is None else 4
+    shown = 4 if in_memory is None else 5
     print_table(columns[:shown], [row[:shown] for row in rows])
 
 

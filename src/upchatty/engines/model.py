@@ -6,8 +6,9 @@ Until the first token is there, a request goes to one replica after another; aft
 import asyncio
 import time
 from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from upchatty.engines.client import EngineClient, EngineStream, Prompt
 from upchatty.engines.dialect import Completion, Message
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 RETRIED = (EngineFailed, EngineTimeout, Unavailable)
 """What another replica may do better."""
 REMEMBERED = 10_000  # prefixes
+Answer = TypeVar("Answer")
+Call = Callable[[EngineClient, float], Awaitable[Answer]]
 
 
 class Generation:
@@ -294,6 +297,37 @@ class Model:
         return now < deadline and any(
             replica not in tried and not replica.away_for(now) for replica in self.replicas
         )
+
+    async def ask(self, call: Call[Answer], deadline: float) -> Answer:
+        """Have a replica answer something that is no completion, another one where it fails.
+
+        Args:
+            call: Asks a replica, until the deadline.
+            deadline: Until when, by the monotonic clock.
+
+        Raises:
+            RequestError: No replica could answer.
+        """
+        await self.hold(deadline)
+        tried: list[Replica] = []
+        try:
+            while True:
+                replica, started = await self.take_slot("", tried, deadline), time.monotonic()
+                try:
+                    answer = await call(_client(replica), deadline)
+                    replica.answered(time.monotonic() - started)
+                    return answer
+                except RETRIED as error:
+                    tried.append(replica)
+                    if time.monotonic() < deadline:
+                        replica.failed(error)
+                    if not self.may_retry(tried, deadline):
+                        raise
+                    self.metrics.retries[_reason(error)] += 1
+                finally:
+                    replica.release()
+        finally:
+            self.let_go()
 
     def serve_queue(self) -> None:
         """Give out the slots that are free."""

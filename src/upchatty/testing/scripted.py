@@ -7,11 +7,17 @@
             ...  # POST to f"{server.address}/api/v1/chat/completions" with f"Bearer {server.key}"
 
 The engine speaks OpenAI's chat completions (https://platform.openai.com/docs/api-reference/chat) and
-misbehaves on demand. Where a fault can be had from a real engine, such as its sudden death, take that.
+embeddings, reranks as Jina's and Cohere's servers do, and misbehaves on demand. Where a fault can be had
+from a real engine, such as its sudden death, take that.
 """
 
 import asyncio
+import math
+import re
+import struct
 import time
+import zlib
+from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -75,11 +81,27 @@ class ScriptedEngine:
     It runs in the event loop of the `async with` block, and takes any number of requests at a time.
 
     Args:
-        default: The answer to every request that no script is left for.
+        default: The answer to every request for a completion that no script is left for.
+        dimensions: Numbers of an embedding. It tells of the words that a text has, whatever their order, so
+            that texts with words in common are near each other; the same text has always the same one.
+        longest: Words that a text may have; more are refused, as servers refuse what exceeds their context.
+        base64: Whether it takes `encoding_format`, which some servers do not.
     """
 
-    def __init__(self, default: ScriptedAnswer | None = None) -> None:
+    def __init__(
+        self,
+        default: ScriptedAnswer | None = None,
+        *,
+        dimensions: int = 64,
+        longest: int | None = None,
+        base64: bool = True,
+    ) -> None:
         self.default = default or ScriptedAnswer()
+        self.embedding_requests: list[RecordedRequest] = []
+        """Likewise, of what was asked to be embedded or reranked."""
+        self.refuse_texts: deque[ScriptedAnswer] = deque()
+        """Answers to the next of these requests, each with a status that is not 200."""
+        self._dimensions, self._longest, self._base64 = dimensions, longest, base64
         self.requests: list[RecordedRequest] = []
         """What was asked, oldest first."""
         self._scripts: deque[ScriptedAnswer] = deque()
@@ -111,8 +133,49 @@ class ScriptedEngine:
     def _application(self) -> web.Application:
         application = web.Application()
         application.router.add_post("/v1/chat/completions", self._complete)
+        application.router.add_post("/v1/embeddings", self._embed)
+        application.router.add_post("/v1/rerank", self._rerank)
         application.router.add_get("/v1/models", self._list_models)
         return application
+
+    async def _embed(self, request: web.Request) -> web.Response:
+        body = await self._texts_asked(request)
+        if isinstance(body, web.Response):
+            return body
+        as_base64 = body.get("encoding_format") == "base64"
+        if as_base64 and not self._base64:
+            return _error(400, "unknown parameter: encoding_format")
+        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        if self._longest and any(len(text.split()) > self._longest for text in texts):
+            return _error(400, f"This model's maximum context length is {self._longest} tokens")
+        vectors = [_bag_of_words(text, self._dimensions) for text in texts]
+        data = [
+            {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector}
+            for index, vector in enumerate(vectors)
+        ]
+        tokens = sum(len(text.split()) for text in texts)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return web.json_response({"object": "list", "model": "scripted", "data": data, "usage": usage})
+
+    async def _rerank(self, request: web.Request) -> web.Response:
+        body = await self._texts_asked(request)
+        if isinstance(body, web.Response):
+            return body
+        asked = set(body["query"].lower().split())
+        scores = [len(asked & set(text.lower().split())) / max(1, len(asked)) for text in body["documents"]]
+        ranked = sorted(enumerate(scores), key=lambda scored: -scored[1])
+        results = [{"index": index, "relevance_score": score} for index, score in ranked]
+        return web.json_response({"model": "scripted", "results": results[: body.get("top_n")]})
+
+    async def _texts_asked(self, request: web.Request) -> Any:
+        """The body of a request about texts, or the refusal that a test wants."""
+        recorded = RecordedRequest(msgspec.json.decode(await request.read()), dict(request.headers))
+        self.embedding_requests.append(recorded)
+        if self.refuse_texts:
+            script = self.refuse_texts.popleft()
+            await _wait(script.headers_delay)
+            return _refusal(script)
+        return recorded.body
 
     async def _list_models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
@@ -166,6 +229,23 @@ async def _wait(seconds: float) -> None:
     if seconds == float("inf"):
         await asyncio.Event().wait()  # whoever cancels it ends it
     await asyncio.sleep(seconds)
+
+
+def _bag_of_words(text: str, dimensions: int) -> list[float]:
+    """A vector of length 1 that has a number for the words of a text, each hashed to one of its places."""
+    vector = [0.0] * dimensions
+    for word in re.findall(r"\w+", text.lower()) or [text]:
+        vector[zlib.crc32(word.encode()) % dimensions] += 1.0
+    length = math.hypot(*vector)
+    return [number / length for number in vector]
+
+
+def _base64(vector: list[float]) -> str:
+    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message}}, status=status)
 
 
 def _refusal(script: ScriptedAnswer) -> web.Response:
