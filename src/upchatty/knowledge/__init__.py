@@ -1,0 +1,1 @@
+"""What chatbots know: documents read, split into passages, embedded, and searched."""
