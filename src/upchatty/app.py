@@ -26,18 +26,23 @@ from upchatty.chat.account import Recorder
 from upchatty.chat.answer import Answering
 from upchatty.chat.chatbots import Chatbot, Chatbots
 from upchatty.chat.limits import Limiter
+from upchatty.chat.unanswered import Unanswered
 from upchatty.engines.download import Progress
 from upchatty.engines.files import ModelFiles
 from upchatty.engines.pool import Pool
 from upchatty.errors import ConfigurationError, DataFolderInUse
+from upchatty.knowledge.documents import Documents
+from upchatty.knowledge.search import Search
+from upchatty.knowledge.supervision import Supervisor
 from upchatty.logs import configure_logs
 from upchatty.metrics import Metrics
 from upchatty.settings import Settings
 from upchatty.storage.counters import Counters
 from upchatty.storage.database import Database
 
-if TYPE_CHECKING:
-    from upchatty.tracing import Tracer  # which is costly to import
+if TYPE_CHECKING:  # these are costly to import
+    from upchatty.knowledge.worker import Worker
+    from upchatty.tracing import Tracer
 
 BACKLOG = 2048
 GC_THRESHOLDS = (2_000, 20, 100)  # requests leave no cycles behind, so looking for them can wait
@@ -51,6 +56,7 @@ class Administration:
 
     chatbots: Chatbots
     keys: Keys
+    documents: Documents
     database: Database
 
 
@@ -79,7 +85,8 @@ async def open_administration(settings: Settings) -> AsyncIterator[Administratio
     database = Database(settings.database_url, settings.sqlite_file)
     try:
         await database.migrate()
-        yield Administration(Chatbots(database, settings.model_settings), Keys(database), database)
+        chatbots, documents = Chatbots(database, settings.chat_models), Documents(database, settings)
+        yield Administration(chatbots, Keys(database), documents, database)
     finally:
         await database.close()
 
@@ -103,7 +110,21 @@ async def open_services(settings: Settings, progress: Progress | None = None) ->
         recorder.start()
         limiter = Limiter(_counters(settings.limits_url), administration.database, metrics)
         stack.push_async_callback(limiter.close)
-        answering = Answering(administration.chatbots, pool, recorder, limiter)
+        workers = Supervisor(settings, administration.database)
+        stack.push_async_callback(workers.stop)
+        documents = Documents(administration.database, settings, workers.wake)
+        search = Search(administration.database, pool.embedding, pool.reranker, settings)
+        unanswered = Unanswered(administration.database, pool.embedding)
+        stack.push_async_callback(unanswered.close)
+        answering = Answering(
+            administration.chatbots,
+            pool,
+            recorder,
+            limiter,
+            search=search,
+            unanswered=unanswered,
+            metrics=metrics,
+        )
         yield Services(
             settings,
             metrics,
@@ -112,8 +133,28 @@ async def open_services(settings: Settings, progress: Progress | None = None) ->
             pool,
             answering,
             administration.database,
+            documents,
+            search,
+            unanswered,
+            workers,
             tracer,
         )
+
+
+@asynccontextmanager
+async def open_worker(settings: Settings, progress: Progress | None = None) -> AsyncIterator["Worker"]:
+    """What reads documents, which has an embedding engine of its own. Imported here only: a server leaves
+    reading to other processes, and need not hold what that takes.
+
+    Raises:
+        StartupError: The database or the embedding model's file is not to be had.
+    """
+    async with AsyncExitStack() as stack:
+        administration = await stack.enter_async_context(open_administration(settings))
+        files = ModelFiles(settings.cache_dir)
+        module = import_module("upchatty.knowledge.worker")
+        worker = module.open_worker(settings, administration.database, files, progress)
+        yield await stack.enter_async_context(worker)
 
 
 def _tracer(url: str | None) -> "Tracer | None":
@@ -204,6 +245,7 @@ async def _start(
     address = _address(listener)
     with _usable_data_folder(services.settings):
         (services.settings.data_dir / ADDRESS).write_text(address)
+    services.workers.start()
     announce(Running(address, chatbot, key))
 
 

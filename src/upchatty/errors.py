@@ -10,6 +10,7 @@
     │   ├── Conflict                 409
     │   ├── BodyTooLarge             413
     │   ├── UnsupportedMediaType     415
+    │   │   └── UnsupportedDocument  415
     │   ├── RateLimited              429
     │   ├── InternalError            500
     │   ├── EngineFailed             502
@@ -127,6 +128,12 @@ class UnsupportedMediaType(RequestError):
 
     status = 415
     sentence = "Content-Type: expected application/json, got {got}"
+
+
+class UnsupportedDocument(UnsupportedMediaType):
+    """A document comes neither in JSON nor in a form."""
+
+    sentence = "Content-Type: expected application/json or multipart/form-data, got {got}"
 
 
 class RateLimited(RequestError):

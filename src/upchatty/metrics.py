@@ -105,6 +105,9 @@ class Metrics:
         )
         self.loaded = gauge("model_loaded", "1 where a local model is in memory", "model")
         self.engine_restarts = gauge("engine_restarts", "Restarts after a crash", "model")
+        self.unanswered = counter("unanswered", "Questions to which documents had no answer")
+        self.search = Histogram(TOKEN_SECONDS)
+        """Seconds of a search in a chatbot's documents, for an answer."""
         self.rate_limited = counter("rate_limited", "Requests refused by a limit", "limit")
         self.records_lost = counter(
             "records_lost", "Records dropped because the database could not take them"
@@ -126,6 +129,9 @@ class Metrics:
         """The plain numbers as the client library wants them; it calls this."""
         statuses = ((str(status), count) for status, count in self.requests.items())
         yield _counters("http_requests", "Requests by their answer's status", ["status"], statuses)
+        searches = HistogramMetricFamily("upchatty_search_seconds", "Searching documents for an answer")
+        searches.add_metric([], self.search.buckets(), self.search.sum)
+        yield searches
         models = self._models.items()
         for attribute, (name, text) in COUNTED.items():
             yield _counters(name, text, ["model"], ((m, getattr(of, attribute)) for m, of in models))

@@ -1,8 +1,9 @@
 """Traces of completions, sent to an OpenTelemetry collector in the background.
 
-A completion is one server span; inside it are `queue`, the wait for a slot, and one client span for
-every attempt on a replica. Names are those of OpenTelemetry's conventions for HTTP servers
-(https://opentelemetry.io/docs/specs/semconv/http/http-spans/) and for generative AI
+A completion is one server span; inside it are `search`, in the chatbot's documents, `queue`, the wait for
+a slot, and one client span for every attempt on a replica. Names are those of OpenTelemetry's
+conventions for HTTP servers (https://opentelemetry.io/docs/specs/semconv/http/http-spans/) and for
+generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/); what these have no name for
 begins with `upchatty.`. No span has a word of a conversation, a key, or the sentence of an error:
 engines quote prompts in theirs.
@@ -113,6 +114,18 @@ class Trace:
         """
         now = time.time_ns()
         span = self._spans.start_span("queue", self._inside, start_time=now - int(seconds * 1e9))
+        _mark(span, error)
+        span.end(now)
+
+    def searched(self, seconds: float, error: BaseException | None = None) -> None:
+        """The chatbot's documents have been searched until now.
+
+        Args:
+            seconds: How long it took.
+            error: Why it failed.
+        """
+        now = time.time_ns()
+        span = self._spans.start_span("search", self._inside, start_time=now - int(seconds * 1e9))
         _mark(span, error)
         span.end(now)
 

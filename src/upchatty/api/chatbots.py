@@ -12,7 +12,7 @@ from upchatty.api.errors import with_errors
 from upchatty.api.limits import NewChatbotLimits
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
-from upchatty.chat.chatbots import Chatbot
+from upchatty.chat.chatbots import Chatbot, Policy
 from upchatty.errors import Forbidden
 from upchatty.limits import ChatbotLimits
 
@@ -21,6 +21,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=200, extra_json_schema=WITHO
 Instructions = Annotated[str, Meta(max_length=1_000_000, extra_json_schema=WITHOUT_NUL)]
 Temperature = Annotated[float, Meta(ge=0.0, le=1.0)]
 MaxTokens = Annotated[int, Meta(ge=1, le=1_000_000)]
+Threshold = Annotated[float, Meta(ge=0.0, le=1.0)]
+FallbackMessage = Annotated[str, Meta(min_length=1, max_length=10_000, extra_json_schema=WITHOUT_NUL)]
+PassageCount = Annotated[int, Meta(ge=1, le=50)]
 Version = Annotated[int, Meta(ge=1, le=1_000_000)]
 ChatbotId = Annotated[str, Parameter(description="`bot_…`")]
 VersionNumber = Annotated[int, Parameter(ge=0, le=1_000_000_000)]
@@ -36,6 +39,14 @@ class NewChatbot(Struct, forbid_unknown_fields=True, kw_only=True):
     temperature: Temperature | None = None
     max_tokens: MaxTokens | None = None
     keep_text: bool | None = None
+    policy: Policy | None = None
+    """`grounded`: answers from its documents only; where they have nothing that fits, it says the fallback
+    message."""
+    threshold: Threshold | None = None
+    """The score that passages have to reach; null: the default."""
+    fallback_message: FallbackMessage | None = None
+    passages: PassageCount | None = None
+    """How many passages an answer is given at most; null: the default."""
     limits: NewChatbotLimits | None = None
     """How much all callers together may use; null: any amount."""
 
@@ -50,6 +61,10 @@ class ChatbotChange(Struct, forbid_unknown_fields=True, kw_only=True):
     temperature: Temperature | None | UnsetType = UNSET
     max_tokens: MaxTokens | None | UnsetType = UNSET
     keep_text: bool | None | UnsetType = UNSET
+    policy: Policy | None | UnsetType = UNSET
+    threshold: Threshold | None | UnsetType = UNSET
+    fallback_message: FallbackMessage | None | UnsetType = UNSET
+    passages: PassageCount | None | UnsetType = UNSET
     limits: NewChatbotLimits | None | UnsetType = UNSET
     """All of them: what is absent in it is not limited any more."""
     published_version: Version | UnsetType = UNSET
@@ -68,6 +83,10 @@ class ChatbotView(Struct, kw_only=True):
     temperature: float
     max_tokens: int
     keep_text: bool
+    policy: Policy
+    threshold: float | None
+    fallback_message: str | None
+    passages: int | None
     limits: ChatbotLimits | None
     created_at: int
     updated_at: int
@@ -75,7 +94,7 @@ class ChatbotView(Struct, kw_only=True):
     @classmethod
     def of(cls, chatbot: Chatbot) -> "ChatbotView":
         """The chatbot as the contract has it."""
-        fields = chatbot._asdict()
+        fields = {name: value for name, value in chatbot._asdict().items() if name in cls.__struct_fields__}
         times = {"created_at": chatbot.created_at // 1000, "updated_at": chatbot.updated_at // 1000}
         return cls(**fields | times)
 

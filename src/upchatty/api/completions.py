@@ -11,7 +11,7 @@ import msgspec
 import structlog
 from litestar import post
 from litestar.types import Receive, Scope, Send
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from upchatty.api.body import check_is_json, decode, read_body
 from upchatty.api.caller import CallerLeft, CallerWatch
@@ -24,7 +24,38 @@ from upchatty.chat.answer import Answer, FinishReason
 from upchatty.engines.dialect import Usage
 from upchatty.errors import InternalError, InvalidRequest, RequestError
 
+SCORE_DECIMALS = 4
+
 log = structlog.get_logger()
+
+
+class CitedURL(Struct):
+    """What a range of the answer's text refers to."""
+
+    url: str
+    title: str
+    start_index: int
+    """The first character; the whole answer where it cites nothing by itself."""
+    end_index: int
+    """The one behind the last."""
+
+
+class Annotation(Struct, kw_only=True):
+    """OpenAI's `url_citation`."""
+
+    type: Literal["url_citation"] = "url_citation"
+    url_citation: CitedURL
+
+
+class Source(Struct):
+    """A passage that the model was given."""
+
+    document_id: str
+    title: str
+    url: str | None
+    text: str
+    score: float
+    """How well it fits the question, 0 to 1."""
 
 
 class AssistantAnswer(Struct, kw_only=True):
@@ -32,6 +63,8 @@ class AssistantAnswer(Struct, kw_only=True):
 
     role: Literal["assistant"] = "assistant"
     content: str
+    annotations: list[Annotation] | UnsetType = UNSET
+    """Where the answer comes from, as far as that has URLs."""
 
 
 class Choice(Struct, kw_only=True):
@@ -65,6 +98,8 @@ class ChatCompletion(Struct, kw_only=True):
     model: str
     choices: list[Choice]
     usage: TokenUsage
+    sources: list[Source] | UnsetType = UNSET
+    """The passages that the model was given, in the order of their numbers; absent where there were none."""
 
 
 class Completions:
@@ -133,7 +168,11 @@ class Completions:
                 await events.send(unsent)
                 unsent = b""
         answer.close()  # the account is complete
-        last = chunks.finish(answer.finish_reason)
+        if answer.sources:
+            origin = msgspec.json.encode(_sources(answer)), msgspec.json.encode(_annotations(answer))
+            last = chunks.finish_with_sources(answer.finish_reason, *origin)
+        else:
+            last = chunks.finish(answer.finish_reason)
         if request.stream_options and request.stream_options.include_usage:
             last += chunks.usage(msgspec.json.encode(TokenUsage.of(answer.usage)))
         await events.finish(unsent + last)
@@ -172,10 +211,33 @@ def _patience(headers: dict[bytes, bytes]) -> float | None:
 
 
 def _completion(answer: Answer) -> ChatCompletion:
+    message = AssistantAnswer(content=answer.text, annotations=_annotations(answer) or UNSET)
     return ChatCompletion(
         id=answer.id,
         created=answer.created,
         model=answer.question.chatbot,
-        choices=[Choice(message=AssistantAnswer(content=answer.text), finish_reason=answer.finish_reason)],
+        choices=[Choice(message=message, finish_reason=answer.finish_reason)],
         usage=TokenUsage.of(answer.usage),
+        sources=_sources(answer) or UNSET,
     )
+
+
+def _sources(answer: Answer) -> list[Source]:
+    return [
+        Source(found.document_id, found.title, found.url, found.text, round(found.score, SCORE_DECIMALS))
+        for found in answer.sources
+    ]
+
+
+def _annotations(answer: Answer) -> list[Annotation]:
+    """What the answer cites, or everything that it may come from where it cites nothing."""
+    cited = [
+        (number, citation.start, citation.end) for citation in answer.citations for number in citation.numbers
+    ]
+    if not cited:
+        cited = [(number, 0, len(answer.text)) for number in range(1, len(answer.sources) + 1)]
+    return [
+        Annotation(url_citation=CitedURL(found.url, found.title, start, end))
+        for number, start, end in cited
+        if (found := answer.sources[number - 1]).url
+    ]

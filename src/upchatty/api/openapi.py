@@ -68,6 +68,33 @@ class _StructSchema(Schema):
         return reference
 
 
+@dataclass(eq=False)
+class _PlainSchema(Schema):
+    """To Litestar a schema like any; in the document just what is given."""
+
+    document: Any = None
+
+    def to_schema(self) -> dict[str, Any]:
+        """What is given."""
+        schema: dict[str, Any] = self.document
+        return schema
+
+
+def one_of(*structs: type[Struct]) -> Schema:
+    """The schema of a body that is one of several structs, which have no structs inside."""
+    _, schemas = msgspec.json.schema_components(structs)
+    return _PlainSchema(document={"oneOf": list(schemas.values())})
+
+
+def fields_of(struct: type[Struct], **others: dict[str, Any]) -> Schema:
+    """The schema of a form: a struct's fields, and others that are required."""
+    _, schemas = msgspec.json.schema_components([struct])
+    [schema] = schemas.values()
+    return _PlainSchema(
+        document=schema | {"properties": others | schema["properties"], "required": [*others]}
+    )
+
+
 class Structs(OpenAPISchemaPlugin):
     """Has Litestar leave the schemas of structs to msgspec."""
 

@@ -8,7 +8,17 @@ from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.types import ASGIApp, Middleware, Receive, Scope, Send
 
-from upchatty.api import chatbots, completions, keys, openapi, operations, usage
+from upchatty.api import (
+    chatbots,
+    completions,
+    documents,
+    keys,
+    openapi,
+    operations,
+    search,
+    unanswered,
+    usage,
+)
 from upchatty.api.access_log import AccessLog
 from upchatty.api.body import JSONRequest
 from upchatty.api.completions import Completions
@@ -27,6 +37,14 @@ FOR_ADMIN_KEYS = [
     chatbots.list_versions,
     chatbots.change_chatbot,
     chatbots.delete_chatbot,
+    documents.add_document,
+    documents.list_documents,
+    documents.get_document,
+    documents.delete_document,
+    documents.read_document,
+    search.search_passages,
+    unanswered.list_unanswered,
+    unanswered.clear_unanswered,
     keys.create_key,
     keys.list_keys,
     keys.revoke_key,
@@ -53,7 +71,7 @@ def build_api(services: Services) -> ASGIApp:
         request_class=JSONRequest,
         request_max_body_size=services.settings.max_body_bytes,
         exception_handlers=EXCEPTION_HANDLERS,
-        openapi_config=openapi.configuration(structs, services.settings.model_settings),
+        openapi_config=openapi.configuration(structs, services.settings.chat_models),
         plugins=[structs],
         logging_config=None,
     )

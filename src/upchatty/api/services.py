@@ -6,7 +6,11 @@ from typing import Any
 from upchatty.auth import Keys
 from upchatty.chat.answer import Answering
 from upchatty.chat.chatbots import Chatbots
+from upchatty.chat.unanswered import Unanswered
 from upchatty.engines.pool import Pool
+from upchatty.knowledge.documents import Documents
+from upchatty.knowledge.search import Search
+from upchatty.knowledge.supervision import Supervisor
 from upchatty.metrics import Metrics
 from upchatty.settings import Settings
 from upchatty.storage.database import Database
@@ -23,5 +27,9 @@ class Services:
     pool: Pool
     answering: Answering
     database: Database
+    documents: Documents
+    search: Search
+    unanswered: Unanswered
+    workers: Supervisor
     tracer: Any = None
     """A `Tracer`, where traces are collected. Its module is costly to import, and so is not named here."""

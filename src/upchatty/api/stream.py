@@ -51,6 +51,12 @@ class Chunks:
             self._head + b',"choices":[{"index":0,"delta":{},"finish_reason":' + _encode(reason) + b"}]}\n\n"
         )
 
+    def finish_with_sources(self, reason: str, sources: bytes, annotations: bytes) -> bytes:
+        """The same with where the answer came from, both given as JSON lists."""
+        delta = b"{}" if annotations == b"[]" else b'{"annotations":' + annotations + b"}"
+        choice = b'{"index":0,"delta":' + delta + b',"finish_reason":' + _encode(reason) + b"}"
+        return self._head + b',"choices":[' + choice + b'],"sources":' + sources + b"}\n\n"
+
     def usage(self, usage: bytes) -> bytes:
         """The chunk with the usage, given as JSON."""
         return self._head + b',"choices":[],"usage":' + usage + b"}\n\n"

@@ -86,8 +86,9 @@ class Recorder:
         self._closing.set()
         self._something.set()
         if self._writer:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._writer, CLOSE_SECONDS)
+            await asyncio.wait([self._writer], timeout=CLOSE_SECONDS)
+            self._writer.cancel()
+            await asyncio.wait([self._writer], timeout=RETRY_SECONDS)  # a driver may swallow it
         if self._records:
             self._metrics.records_lost.inc(len(self._records))
             log.error("records lost", count=len(self._records), reason="the database could not take them")
@@ -101,7 +102,7 @@ class Recorder:
                 pass
             if self._records:
                 self._something.set()
-                await self._pause(RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not when the server is closing."""

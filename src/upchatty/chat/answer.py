@@ -1,24 +1,30 @@
 """Answering: from a caller's question to the pieces of an answer, and its account."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
+import structlog
 from uuid_utils import uuid7
 
 from upchatty.auth import Caller
 from upchatty.chat.account import CompletionRecord, Recorder
-from upchatty.chat.chatbots import Chatbot, Chatbots
+from upchatty.chat.chatbots import DEFAULT_FALLBACK_MESSAGE, Chatbot, Chatbots
+from upchatty.chat.citations import Citation, Citations
 from upchatty.chat.limits import Admission, Limiter
 from upchatty.chat.prompt import build_prompt
+from upchatty.chat.quoting import Quotation
+from upchatty.chat.unanswered import Unanswered
 from upchatty.engines.client import Prompt
 from upchatty.engines.dialect import Completion, Message, Usage, estimated_tokens
 from upchatty.engines.model import RETRIED, Generation, Model
 from upchatty.engines.pool import Pool
-from upchatty.errors import Forbidden, InvalidRequest, RequestError
-from upchatty.metrics import ModelMetrics
+from upchatty.errors import EngineTimeout, Forbidden, InvalidRequest, RequestError
+from upchatty.knowledge.search import DEFAULT_LIMIT, DEFAULT_THRESHOLD, Finding, Findings, Search
+from upchatty.metrics import Metrics, ModelMetrics
 
 if TYPE_CHECKING:
     from upchatty.tracing import Trace  # which is costly to import
@@ -26,7 +32,20 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "content_filter"]
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 CANCELLED, FAILED = "cancelled", "error"
+LOW_BAR = 0.5  # of the threshold: what is below it is not worth its tokens
+TOKENS_OF_A_TERM = 1.5  # about, with what stands around a passage
+LONGEST_WAIT = 30.0  # seconds for a search, which takes milliseconds
 WORTH_A_SPAN = 0.001  # seconds until a model that runs here is in memory, where it mostly is
+
+log = structlog.get_logger()
+
+
+def least_score(chatbot: Chatbot) -> float:
+    """The score that a passage needs to be given to an answer of this chatbot. A grounded one holds its
+    threshold against the best passage, and the others may help."""
+    threshold = DEFAULT_THRESHOLD if chatbot.threshold is None else chatbot.threshold
+    is_low = chatbot.policy == "grounded" or chatbot.threshold is None
+    return threshold * LOW_BAR if is_low else threshold
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -73,7 +92,7 @@ class Answer:
         self.chatbot = chatbot
         self.question = question
         self.asked_at = asked_at
-        self._trace = trace
+        self.trace = trace
         self.first_token_at: float | None = None
         self.completion = Completion()
         """The engine's account, true at every moment."""
@@ -84,6 +103,10 @@ class Answer:
         """The model that should have."""
         self.queue_seconds = 0.0
         self.retries = 0
+        self.sources: list[Finding] = []
+        """The passages in the prompt, by their numbers."""
+        self._citations: Citations | None = None
+        self._said = ""
         self._prompt: Prompt | None = None
         self._held: Model | None = None
         self._generation: Generation | None = None
@@ -114,6 +137,25 @@ class Answer:
         """The text so far."""
         return "".join(self._kept)
 
+    @property
+    def citations(self) -> list[Citation]:
+        """The passages that it cites, and where in its text."""
+        return self._citations.found if self._citations else []
+
+    def give(self, sources: list[Finding], *, citing: bool) -> None:
+        """Passages that are in the prompt.
+
+        Args:
+            sources: The passages, by their numbers.
+            citing: Whether the answer may cite them in its text, which is checked then.
+        """
+        self.sources = sources
+        self._citations = Citations(len(sources)) if sources and citing else None
+
+    def say(self, text: str) -> None:
+        """Answer with this, without asking a model."""
+        self._said = text
+
     async def hold(self, model: Model, deadline: float) -> None:
         """Have a model in memory, if it runs here, until the answer is closed.
 
@@ -136,8 +178,8 @@ class Answer:
         finally:
             waited = time.monotonic() - asked_at
             self.queue_seconds += waited
-            if self._trace and waited > WORTH_A_SPAN:
-                self._trace.queued(waited, refusal)
+            if self.trace and waited > WORTH_A_SPAN:
+                self.trace.queued(waited, refusal)
 
     async def begin(self, model: Model, prompt: Prompt, deadline: float) -> None:
         """Have a model begin to answer.
@@ -152,7 +194,7 @@ class Answer:
         """
         self.model, self._prompt = model, prompt
         self.completion.restart()
-        generation = self._generation = Generation(model, self.completion, self._trace)
+        generation = self._generation = Generation(model, self.completion, self.trace)
         try:
             await generation.begin(prompt, self.chatbot.id, deadline)
         except RequestError:
@@ -167,6 +209,11 @@ class Answer:
         Raises:
             RequestError: The engine failed.
         """
+        if self._said:
+            self.first_token_at = time.monotonic()
+            self._kept.append(self._said)
+            yield [self._said]
+            return
         assert self._generation
         between_tokens, came_at = self.model.metrics.between_tokens, 0.0
         while (texts := await self._generation.next()) is not None:
@@ -176,8 +223,15 @@ class Answer:
             else:
                 between_tokens.observe(now - came_at)
             came_at = now
+            if self._citations:
+                texts = [*filter(None, map(self._citations.check, texts))]
+                if not texts:
+                    continue
             self._kept += texts
             yield texts
+        if self._citations and (rest := self._citations.rest()):
+            self._kept.append(rest)
+            yield [rest]
 
     def close(self) -> None:
         """Stop the engine unless it has ended, and complete the account."""
@@ -203,9 +257,25 @@ class Answering:
         pool: The engines.
         recorder: Keeps account.
         limiter: Refuses what is beyond the limits.
+        search: Finds what the chatbots' documents say.
+        unanswered: Keeps the questions to which they say nothing.
+        metrics: Count the searches.
     """
 
-    def __init__(self, chatbots: Chatbots, pool: Pool, recorder: Recorder, limiter: Limiter) -> None:
+    def __init__(
+        self,
+        chatbots: Chatbots,
+        pool: Pool,
+        recorder: Recorder,
+        limiter: Limiter,
+        *,
+        search: Search,
+        unanswered: Unanswered,
+        metrics: Metrics,
+    ) -> None:
+        self._search = search
+        self._unanswered = unanswered
+        self._metrics = metrics
         self._chatbots = chatbots
         self._pool = pool
         self._recorder = recorder
@@ -227,7 +297,8 @@ class Answering:
             Forbidden: The caller's key does not open it, or it has expired.
             RateLimited: A limit of the key or of the chatbot is reached.
             PromptTooLong: The newest message does not fit into the context.
-            Unavailable: The engine is being started, or busy.
+            Unavailable: The engine is being started, or busy; or the documents of a grounded chatbot cannot
+                be searched.
         """
         asked_at = time.monotonic()
         chatbot = await self._chatbots.get(question.chatbot)
@@ -242,7 +313,7 @@ class Answering:
         ended: str | None = CANCELLED
         failure: Exception | None = None
         try:
-            await self._begin(answer, wanted)
+            await self._start(answer, wanted)
             yield answer
             ended = answer.finish_reason
         except InvalidRequest:
@@ -277,6 +348,11 @@ class Answering:
         if caller.limits is None and limits is None:
             return None
         prompt = estimated_tokens([{"role": "system", "content": chatbot.instructions}, *question.messages])
+        if chatbot.known_passages:
+            # Of an average passage: searching comes after this, so that who is refused costs no search.
+            terms = chatbot.known_terms / chatbot.known_passages
+            count = min(chatbot.passages or DEFAULT_LIMIT, chatbot.known_passages)
+            prompt += int(count * terms * TOKENS_OF_A_TERM)
         return await self._limiter.admit(
             caller,
             chatbot.id,
@@ -285,7 +361,55 @@ class Answering:
             max_tokens=min(chatbot.max_tokens, question.max_tokens or chatbot.max_tokens),
         )
 
-    async def _begin(self, answer: Answer, wanted: Model) -> None:
+    async def _start(self, answer: Answer, wanted: Model) -> None:
+        """Have the answer begun: by a model that is given what the documents say, or with the fallback."""
+        chatbot, quotation = answer.chatbot, None
+        if chatbot.known_passages or chatbot.policy == "grounded":
+            quotation = await self._quotation(answer, wanted)
+        if quotation or chatbot.policy == "open":
+            await self._begin(answer, wanted, quotation)
+
+    async def _quotation(self, answer: Answer, wanted: Model) -> Quotation | None:
+        """The passages for a question. Where a grounded chatbot has none, its answer is the fallback."""
+        chatbot, question = answer.chatbot, answer.question
+        asked = [message["content"] for message in question.messages if message["role"] == "user"]
+        threshold = DEFAULT_THRESHOLD if chatbot.threshold is None else chatbot.threshold
+        is_grounded = chatbot.policy == "grounded"
+        bar = least_score(chatbot)
+        found = Findings([], [], 0.0)
+        if asked and chatbot.known_passages:
+            found = await self._found(answer, asked, bar, wanted)
+        kept = found.kept
+        if is_grounded and (not kept or found.score < threshold):
+            answer.say(chatbot.fallback_message or DEFAULT_FALLBACK_MESSAGE)
+            self._metrics.unanswered.inc()
+            if asked and chatbot.keep_text:
+                self._unanswered.add(chatbot.id, asked[-1], found.score)
+            return None
+        return Quotation(kept, citing=_may_cite(question)) if kept else None
+
+    async def _found(self, answer: Answer, asked: list[str], bar: float, wanted: Model) -> Findings:
+        chatbot, started = answer.chatbot, time.monotonic()
+        seconds = min(answer.question.patience or LONGEST_WAIT, wanted.settings.deadline_seconds)
+        failure: RequestError | None = None
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._search.search(chatbot.id, asked, chatbot.passages, bar)
+        except TimeoutError:
+            failure = EngineTimeout(seconds=seconds)
+        except RequestError as error:
+            failure = error
+        finally:
+            taken = time.monotonic() - started
+            self._metrics.search.observe(taken)
+            if answer.trace:
+                answer.trace.searched(taken, failure)
+        if chatbot.policy == "grounded":
+            raise failure
+        log.warning("answered without documents", chatbot=chatbot.id, problem=str(failure))
+        return Findings([], [], 0.0)
+
+    async def _begin(self, answer: Answer, wanted: Model, quotation: Quotation | None) -> None:
         """Have the chatbot's model begin to answer, or one that takes its place."""
         longest = wanted.settings.deadline_seconds
         deadline = answer.asked_at + min(longest, answer.question.patience or longest)
@@ -293,7 +417,7 @@ class Answering:
         for model in self._pool.with_fallbacks(wanted):
             try:
                 await answer.hold(model, deadline)
-                prompt = await self._prompt(answer.chatbot, answer.question, model)
+                prompt = await self._prompt(answer, model, quotation)
                 await answer.begin(model, prompt, deadline)
                 break
             except RequestError as error:
@@ -310,15 +434,19 @@ class Answering:
             answer.fallback_for = wanted.name
             answer.headers.append((b"x-upchatty-fallback", answer.model.name.encode()))
 
-    async def _prompt(self, chatbot: Chatbot, question: Question, model: Model) -> Prompt:
+    async def _prompt(self, answer: Answer, model: Model, quotation: Quotation | None) -> Prompt:
+        chatbot, question = answer.chatbot, answer.question
         max_tokens = min(chatbot.max_tokens, question.max_tokens or chatbot.max_tokens)
-        messages = await build_prompt(
+        messages, passages = await build_prompt(
             chatbot.instructions,
             question.messages,
             limit=model.context,
             max_tokens=max_tokens,
             counter=model,
+            quotation=quotation,
         )
+        if quotation:
+            answer.give(quotation.findings[:passages], citing=_may_cite(question))
         defaults = {"temperature": chatbot.temperature, "max_tokens": max_tokens}
         return Prompt(messages, defaults | dict(question.parameters))
 
@@ -347,6 +475,11 @@ class Answering:
         )
         self._recorder.add(record)
         _count(model.metrics, record)
+
+
+def _may_cite(question: Question) -> bool:
+    """Whether the answer is prose: in JSON, [1] is a list."""
+    return "response_format" not in question.parameters
 
 
 def _as_json(messages: list[Message]) -> str:

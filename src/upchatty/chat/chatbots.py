@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from async_lru import alru_cache
 from sqlalchemy import RowMapping
@@ -22,6 +22,9 @@ REFERENCE = re.compile(r"(bot_[0-9a-f]{32})(?:@([1-9][0-9]{0,8}))?", re.ASCII)
 DEFAULT_INSTRUCTIONS = "You are a helpful assistant. Answer briefly and truthfully."
 DEFAULT_TEMPERATURE = 0.7
 DEFAULT_MAX_TOKENS = 1024
+DEFAULT_FALLBACK_MESSAGE = "I am sorry, I have found nothing about that in what I know."
+
+Policy = Literal["open", "grounded"]
 
 
 class Chatbot(NamedTuple):
@@ -41,6 +44,19 @@ class Chatbot(NamedTuple):
     """Whether the record of a completion keeps what was said."""
     limits: ChatbotLimits | None
     """How much all callers together may use. Those of the published version hold for every version."""
+    policy: Policy
+    """`open`: what its documents say helps. `grounded`: without anything in them that fits, it says that it
+    does not know, and no model is asked."""
+    threshold: float | None
+    """The score, 0 to 1, that passages have to reach; None: the search's own."""
+    fallback_message: str | None
+    """What a grounded chatbot says when it does not know; None: `DEFAULT_FALLBACK_MESSAGE`."""
+    passages: int | None
+    """How many passages an answer is given at most; None: the search's own number."""
+    known_passages: int
+    """How many its documents have."""
+    known_terms: int
+    """Their words, all together."""
     created_at: int
     updated_at: int
 
@@ -52,6 +68,10 @@ DEFAULTS: dict[str, Any] = {
     "max_tokens": DEFAULT_MAX_TOKENS,
     "keep_text": True,
     "limits": None,
+    "policy": "open",
+    "threshold": None,
+    "fallback_message": None,
+    "passages": None,
 }
 """What holds for a field that is not given, or given as null."""
 

@@ -7,12 +7,13 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from upchatty import __version__
-from upchatty.cli import chatbots, keys, models
+from upchatty.cli import chatbots, keys, knowledge, models
 from upchatty.cli.chat import chat
 from upchatty.cli.serve import serve
 from upchatty.cli.sources import Environment, SettingsFile
 from upchatty.cli.status import status
 from upchatty.cli.usage import usage
+from upchatty.cli.worker import worker
 from upchatty.errors import ConfigurationError, UpChattyError
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not ready, 4 not found, 5 in use."
@@ -27,9 +28,9 @@ app = App(
     print_error=False,
     exit_on_error=False,
 )
-for command in (serve, chat, status, usage):
+for command in (serve, chat, status, usage, worker):
     app.command(command)
-for group in (chatbots, keys, models):
+for group in (chatbots, keys, knowledge, models):
     app.command(group.app)
 
 

@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from upchatty.api.chatbots import ChatbotView
-from upchatty.chat.chatbots import Chatbot
+from upchatty.chat.chatbots import Chatbot, Policy
 from upchatty.cli.administration import administration, checked_name
 from upchatty.cli.limits import Days, LimitFlags, Limiting, end
 from upchatty.cli.output import JSON, CommonSettings, moment, print_fields, print_json, print_table
@@ -34,6 +34,21 @@ Expires = Annotated[
     Parameter(help="When it stops answering, such as 2030-12-31T12:00, in this machine's time zone."),
 ]
 KeepText = Annotated[bool | None, Parameter(help="Whether the record of completions keeps what was said.")]
+
+Answers = Annotated[
+    Policy | None,
+    Parameter(
+        name="--policy", help="open: its documents help. grounded: it answers from them only, or not at all."
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    Parameter(validator=Number(gte=0, lte=1), help="The score that passages have to reach, 0.0 to 1.0."),
+]
+FallbackMessage = Annotated[str | None, Parameter(help="What a grounded one says when it does not know.")]
+Passages = Annotated[
+    int | None, Parameter(validator=Number(gte=1, lte=50), help="Passages that an answer is given at most.")
+]
 
 
 @app.command(name="list")
@@ -67,6 +82,10 @@ def create(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     keep_text: KeepText = None,
+    policy: Answers = None,
+    threshold: Threshold = None,
+    fallback_message: FallbackMessage = None,
+    passages: Passages = None,
     limits: Limiting = LimitFlags(),
     expires: Expires = None,
     days: Days = None,
@@ -90,6 +109,10 @@ def create(
                 temperature=temperature,
                 max_tokens=max_tokens,
                 keep_text=keep_text,
+                policy=policy,
+                threshold=threshold,
+                fallback_message=_checked_message(fallback_message),
+                passages=passages,
                 limits=ChatbotLimits(**limited),
             )
         _print(chatbot, json)
@@ -119,6 +142,10 @@ def edit(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     keep_text: KeepText = None,
+    policy: Answers = None,
+    threshold: Threshold = None,
+    fallback_message: FallbackMessage = None,
+    passages: Passages = None,
     limits: Limiting = LimitFlags(),
     expires: Expires = None,
     days: Days = None,
@@ -142,6 +169,10 @@ def edit(
         "temperature": temperature,
         "max_tokens": max_tokens,
         "keep_text": keep_text,
+        "policy": policy,
+        "threshold": threshold,
+        "fallback_message": _checked_message(fallback_message),
+        "passages": passages,
     }
     changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     limited = limits.given | _expiry(expires, days)
@@ -202,6 +233,13 @@ def _text(given: str | None) -> str | None:
     except UnicodeDecodeError:
         problem = "it is not UTF-8"
     raise ConfigurationError(setting="--instructions", problem=f"cannot read {given[1:]} ({problem})")
+
+
+def _checked_message(message: str | None) -> str | None:
+    """A fallback message as the API takes it, too."""
+    if message is not None and (not 1 <= len(message) <= 10_000 or "\0" in message):
+        raise InvalidRequest(parameter="fallback_message", expected="expected 1 to 10,000 characters")
+    return message
 
 
 def _expiry(expires: datetime | None, days: float | None) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from typing import Any
 
-from sqlalchemy import RowMapping, Select, delete, insert, select, update
+from sqlalchemy import RowMapping, Select, delete, func, insert, select, update
 
 from upchatty.storage.database import Database
-from upchatty.storage.tables import chatbot_versions, chatbots
+from upchatty.storage.tables import chatbot_versions, chatbots, passage_totals
 
 Values = dict[str, Any]
 
 
 def _versions() -> Select[Any]:
-    return select(
+    """Versions, each with how much its chatbot knows, so that an answer need not ask for that as well."""
+    versions = select(
         chatbots.c.id,
         chatbots.c.published_version,
         chatbots.c.created_at,
@@ -23,8 +24,17 @@ def _versions() -> Select[Any]:
         chatbot_versions.c.max_tokens,
         chatbot_versions.c.keep_text,
         chatbot_versions.c.limits,
+        chatbot_versions.c.policy,
+        chatbot_versions.c.threshold,
+        chatbot_versions.c.fallback_message,
+        chatbot_versions.c.passages,
+        func.coalesce(passage_totals.c.passages, 0).label("known_passages"),
+        func.coalesce(passage_totals.c.length, 0).label("known_terms"),
         chatbot_versions.c.created_at.label("updated_at"),
-    ).join_from(chatbots, chatbot_versions)
+    )
+    return versions.join_from(chatbots, chatbot_versions).outerjoin(
+        passage_totals, passage_totals.c.chatbot_id == chatbots.c.id
+    )
 
 
 async def add_chatbot(database: Database, chatbot: Values, version: Values) -> None:
