@@ -272,10 +272,11 @@ def test_models(run: Command, model_file: Path, tmp_path: Path) -> None:
         """
     )
     listed = run("models", "list", "--config", str(config)).out.splitlines()
-    assert listed[0].split() == ["NAME", "SOURCE", "FILE"]
+    assert listed[0].split() == ["NAME", "TASK", "SOURCE", "FILE"]
     rows = {line.split()[0]: line for line in listed[1:]}
-    assert set(rows) == {"default", "here", "missing", "big_one"}
-    assert "(default)" in rows["default"]
+    assert set(rows) == {"default", "embedding", "here", "missing", "big_one"}
+    assert rows["default"].split()[1:3] == ["(default)", "chat"]
+    assert rows["embedding"].split()[1:3] == ["(default)", "embedding"]
     assert rows["here"].endswith(str(model_file))
     assert rows["missing"].endswith("missing")
     assert rows["big_one"].endswith("at its server")
@@ -294,7 +295,9 @@ def test_models(run: Command, model_file: Path, tmp_path: Path) -> None:
 
 def test_pull_fetches_what_is_needed(run: Command, model_file: Path) -> None:
     pulled = run("models", "pull")
-    assert pulled.out.strip() == run("models", "list", "--json").json[0]["file"]
+    listed = run("models", "list", "--json").json
+    assert pulled.out.splitlines() == [model["file"] for model in listed if model["present"]]
+    assert [model["name"] for model in listed] == ["default", "embedding"]
 
 
 # Settings
@@ -328,10 +331,10 @@ def test_models_of_flags_environment_and_file(
 
     config = tmp_path / "upchatty.toml"
     config.write_text(f'default_model = "file_1"\n[models.file_1]\nurl = "{GONE}"\nslots = 2\n')
-    assert names("--config", str(config)) == ["default", "file_1"]
+    assert names("--config", str(config)) == ["default", "embedding", "file_1"]
     monkeypatch.setenv("UPCHATTY_MODELS", json.dumps({"environment": {"url": GONE}}))
-    assert names() == ["default", "environment"]
-    assert names("--models.flag.url", GONE) == ["default", "flag"]
+    assert names() == ["default", "embedding", "environment"]
+    assert names("--models.flag.url", GONE) == ["default", "embedding", "flag"]
 
 
 def test_file_gives_no_values_for_arguments(run: Command, tmp_path: Path) -> None:
