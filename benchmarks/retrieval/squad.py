@@ -21,7 +21,7 @@ from upchatty.knowledge.search import Search
 from upchatty.knowledge.words import question_terms, terms
 from upchatty.settings import Settings
 from upchatty.storage.database import Database
-from upchatty.storage.passages import NewPassage, publish
+from upchatty.storage.passages import NewPassage, publish, term_codes
 from upchatty.storage.tables import chatbots, documents
 
 CHATBOT = "bot_squad"
@@ -107,14 +107,14 @@ async def _baselines(
     for passage in indexed:
         for term in set(passage):
             occurs_in[term] = occurs_in.get(term, 0) + 1
-    length = sum(map(len, indexed))
+    length, codes = sum(map(len, indexed)), [term_codes(passage) for passage in indexed]
     passages = await embedding.embed([paragraph["text"] for paragraph in paragraphs])
     asked = await embedding.embed([question["question"] for question in questions])
     by_words = np.empty((len(questions), len(paragraphs)))
     for number, question in enumerate(questions):
         own = {term.term: 1.0 for term in question_terms(question["question"]) if not term.is_alternative}
         weights = Weights(own, [], passages=len(indexed), length=length, occurs_in=occurs_in)
-        by_words[number] = [weights.of(" ".join(passage), len(passage)).score for passage in indexed]
+        by_words[number] = weights.of(codes).score
     by_meaning = asked @ passages.T
     fused = 1 / (RRF + _ranks(by_words)) + 1 / (RRF + _ranks(by_meaning))
     right = [[p["id"] for p in paragraphs].index(question["paragraph"]) for question in questions]

@@ -81,5 +81,6 @@ async def search_passages(chatbot_id: ChatbotId, data: SearchRequest, services: 
         [*data.messages, data.query],
         limit=data.limit or chatbot.passages,
         threshold=least_score(chatbot),
+        explain=True,
     )
     return FindingsView.of(found)

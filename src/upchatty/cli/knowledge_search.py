@@ -52,6 +52,7 @@ def search(
                 [*(message or []), question],
                 limit=limit or found.passages,
                 threshold=least_score(found),
+                explain=True,
             )
 
     findings = asyncio.run(run())

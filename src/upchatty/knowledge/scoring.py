@@ -13,12 +13,21 @@ than each of them and than their ranks fused.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from upchatty.storage.passages import term_codes
+
 K1, B = 1.2, 0.75  # BM25's usual constants
 LEXICAL, VECTOR, NEIGHBOURS = 0.42, 0.42, 0.16
+NO_TERM = bytes(4)
+CODE_BYTES = len(NO_TERM)
+
+Numbers = NDArray[np.float64]
 
 
 class Weights:
@@ -46,8 +55,7 @@ class Weights:
         weighted = {term: self.rarity(term) * count for term, count in terms.items()}
         self._most = sum(weighted.values()) * (K1 + 1)
         self.found = {term: weight for term, weight in weighted.items() if occurs_in.get(term)}
-        self._padded = [(term, f" {term} ", weight * (K1 + 1)) for term, weight in self.found.items()]
-        self._pairs: list[tuple[str, str, float]] = []
+        self._pairs: dict[tuple[str, str], float] = {}
         self._most_pairs = 0.0
         for sequence, count in sequences:
             self._add_pairs(sequence, count, terms)
@@ -57,40 +65,43 @@ class Weights:
         occurs_in = self._occurs_in.get(term, 0)
         return math.log(1 + (self._passages - occurs_in + 0.5) / (occurs_in + 0.5))
 
-    def of(self, terms: str, length: int) -> "Lexical":
-        """How well the terms of a passage fit.
+    def of(self, passages: Sequence[bytes]) -> "Lexical":
+        """How well the terms of passages fit.
 
         Args:
-            terms: The passage's terms, separated by spaces.
-            length: How many they are.
+            passages: The term codes of each.
         """
-        padded = f" {terms} "
-        norm = K1 * (1 - B + B * length / self._mean_length)
-        score = pairs = 0.0
-        there = set()
-        for term, looked_for, weight in self._padded:
-            if count := padded.count(looked_for):
-                score += weight * count / (count + norm)
-                there.add(term)
-        for rarer, pair, weight in self._pairs:
-            if rarer in there and pair in padded:
-                pairs += weight
-        return Lexical(score, score / self._most if self._most else 0.0, pairs / (self._most_pairs or 1.0))
+        count = len(passages)
+        lengths = np.array([len(codes) // CODE_BYTES for codes in passages])
+        codes = np.frombuffer(NO_TERM.join(passages), "<u4")  # which keeps them from being neighbours
+        owners = np.repeat(np.arange(count), lengths + 1)[: len(codes)]
+        norms = K1 * (1 - B + B * lengths / self._mean_length)
+        score, neighbours = np.zeros(count), np.zeros(count)
+        for term, weight in self.found.items():
+            occurs = np.bincount(owners[codes == _code(term)], minlength=count)
+            score += weight * (K1 + 1) * occurs / (occurs + norms)
+        for (first, second), weight in self._pairs.items():
+            pairs = (codes[:-1] == _code(first)) & (codes[1:] == _code(second))
+            neighbours[owners[:-1][pairs]] += weight  # once, however often it is there
+        return Lexical(score, score / (self._most or 1.0), neighbours / (self._most_pairs or 1.0))
 
     def _add_pairs(self, sequence: list[str], count: float, looked_for: dict[str, float]) -> None:
         """Neighbours of which at least one is looked for; the other may be a little word."""
-        for first, second in dict.fromkeys(pairwise(sequence)):
-            if not (content := [term for term in (first, second) if term in looked_for]):
+        for pair in dict.fromkeys(pairwise(sequence)):
+            if not (content := [term for term in pair if term in looked_for]):
                 continue
-            weight = count * (self.rarity(first) + self.rarity(second)) / 2
+            weight = count * sum(map(self.rarity, pair)) / 2
             self._most_pairs += weight
-            rarer = max(content, key=self.rarity)
-            if rarer in self.found:
-                self._pairs.append((rarer, f" {first} {second} ", weight))
+            if max(content, key=self.rarity) in self.found:
+                self._pairs[pair] = self._pairs.get(pair, 0.0) + weight
+
+
+def _code(term: str) -> int:
+    return int.from_bytes(term_codes([term]), "little")
 
 
 class Lexical(NamedTuple):
-    """How well a passage's words fit.
+    """How well the words of passages fit, a number for each.
 
     Args:
         score: BM25.
@@ -98,14 +109,18 @@ class Lexical(NamedTuple):
         neighbours: The share of neighbouring terms that are neighbours there, too.
     """
 
-    score: float
-    share: float
-    neighbours: float
+    score: Numbers
+    share: Numbers
+    neighbours: Numbers
 
 
-def fused(lexical: Lexical, cosine: float | None) -> float:
-    """The score from 0 to 1. Without an embedding, the words alone make it."""
+def fused(lexical: Lexical, cosines: Numbers) -> Numbers:
+    """The scores of passages from 0 to 1. Without an embedding, the words alone make it.
+
+    Args:
+        lexical: How well their words fit.
+        cosines: Of the embeddings, NaN where there is none.
+    """
     words = LEXICAL * lexical.share + NEIGHBOURS * lexical.neighbours
-    if cosine is None:
-        return words / (LEXICAL + NEIGHBOURS)
-    return words + VECTOR * max(cosine, 0.0)
+    both = words + VECTOR * np.maximum(cosines, 0.0)
+    return np.minimum(np.where(np.isnan(cosines), words / (LEXICAL + NEIGHBOURS), both), 1.0)

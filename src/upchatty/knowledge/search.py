@@ -1,19 +1,19 @@
 """Search in a chatbot's passages: by words and by meaning, fused and explained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from math import isnan
+from typing import NamedTuple
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from sqlalchemy import Row, RowMapping
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Row, RowMapping
 
 from upchatty.engines.embedding import EmbeddingModel, Reranker
 from upchatty.errors import RequestError
 from upchatty.knowledge.follow_ups import search_texts
-from upchatty.knowledge.scoring import Weights, fused
+from upchatty.knowledge.scoring import Numbers, Weights, fused
 from upchatty.knowledge.vectors import Vectors
 from upchatty.knowledge.words import Asked, question_terms, terms
 from upchatty.settings import Settings
@@ -31,9 +31,9 @@ DEFAULT_LIMIT = 5
 DEFAULT_THRESHOLD = 0.2
 """The score below which the best passage most likely has nothing to do with the question."""
 
-CANDIDATES = 64  # that words find, and that vectors find
+CANDIDATES = 48  # that words find, and that vectors find
 RERANKED = 20
-EXAMINED = 50  # of the candidates, the best, of which some may be the same text
+SPARE = 10  # candidates that are read beyond the limit, since some may be the same text
 EXPLAINED = 20  # findings at least, where there are so many, kept or dropped
 EARLIER_COUNTS = 0.5  # a term of an earlier message, against one of the question
 MOST_TERMS = 32  # that candidates are looked for by; they are the rarest
@@ -45,7 +45,7 @@ Vector = NDArray[np.float32]
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finding:
     """A passage that a search came across.
 
@@ -159,7 +159,7 @@ class Search:
         self._database = database
         self._embedding = embedding
         self._reranker = reranker
-        self._vectors = Vectors(database, settings.knowledge_memory_bytes)
+        self._vectors = Vectors(settings.knowledge_memory_bytes)
 
     async def search(
         self,
@@ -167,6 +167,8 @@ class Search:
         conversation: list[str],
         limit: int | None = None,
         threshold: float | None = None,
+        *,
+        explain: bool = False,
     ) -> Findings:
         """The passages that fit the last message of a conversation.
 
@@ -175,17 +177,23 @@ class Search:
             conversation: What the user has said, oldest first, the question last.
             limit: How many are kept at most; None: `DEFAULT_LIMIT`.
             threshold: The score below which none is kept; None: none is dropped for its score.
+            explain: Whether what is dropped is wanted, too, with the reason.
 
         Raises:
             StorageUnavailable: The database does not answer.
         """
         texts = search_texts(conversation)
         vector, model = await self._embed(texts)
-        asked, sequences = _asked(texts)
-        question = _Question(texts, asked, sequences, vector, model)
         limit = DEFAULT_LIMIT if limit is None else limit
-        found = await self._rerank(texts, await self._find(chatbot_id, question))
-        return Findings(texts, _choose(found, limit, threshold), max((f.score for f in found), default=0.0))
+        wanted = max(limit + EXPLAINED if explain else limit + SPARE, RERANKED if self._reranker else 0)
+
+        def find(connection: Connection) -> list[Finding]:
+            question = _Question(texts, *_asked(texts), vector, model)
+            return self._find(connection, chatbot_id, question, wanted)
+
+        found = await self._rerank(texts, await self._database.read(find))
+        score = max((finding.score for finding in found), default=0.0)
+        return Findings(texts, _choose(found, limit, threshold, EXPLAINED if explain else limit), score)
 
     async def _embed(self, texts: list[str]) -> tuple[Vector | None, str]:
         """The question's embedding: where it refers to something, between itself and all together."""
@@ -201,37 +209,43 @@ class Search:
         total: Vector = vectors.sum(axis=0)
         return total / max(float(np.linalg.norm(total)), 1e-9), model
 
-    async def _find(self, chatbot_id: str, question: _Question) -> list[Finding]:
-        """The candidates, best first."""
-        wanted = {asked.term for asked, _ in question.asked}
-        wanted |= {term for sequence, _ in question.sequences for term in sequence}
-        async with self._database.transaction() as connection:
-            totals, occurs_in = await statistics(connection, chatbot_id, sorted(wanted))
-            if totals is None or not totals.passages:
-                return []
-            weights = Weights(
-                _looked_for(question.asked, occurs_in),
-                question.sequences,
-                passages=totals.passages,
-                length=totals.length,
-                occurs_in=occurs_in,
-            )
-            ids = dict.fromkeys(await _by_words(connection, totals, weights, occurs_in))
-            if question.vector is not None:
-                ids |= dict.fromkeys(await self._by_meaning(connection, chatbot_id, totals, question))
-            scored = _scored(await get_scored_columns(connection, [*ids]), weights, question)[:EXAMINED]
-            rows = await get_passages(connection, [best.passage_id for best in scored])
+    def _find(
+        self, connection: Connection, chatbot_id: str, question: _Question, wanted: int
+    ) -> list[Finding]:
+        """The best candidates, best first."""
+        terms_ = {asked.term for asked, _ in question.asked}
+        terms_ |= {term for sequence, _ in question.sequences for term in sequence}
+        totals, occurs_in = statistics(connection, chatbot_id, sorted(terms_))
+        if totals is None or not totals.passages:
+            return []
+        weights = Weights(
+            _looked_for(question.asked, occurs_in),
+            question.sequences,
+            passages=totals.passages,
+            length=totals.length,
+            occurs_in=occurs_in,
+        )
+        ids = dict.fromkeys(_by_words(connection, totals, weights, occurs_in))
+        if question.vector is not None:
+            ids |= dict.fromkeys(self._by_meaning(connection, chatbot_id, totals, question))
+        scored = _scored(get_scored_columns(connection, [*ids]), weights, question)[:wanted]
+        rows = get_passages(connection, [best.passage_id for best in scored])
         return [_finding(rows[best.passage_id], best) for best in scored if best.passage_id in rows]
 
-    async def _by_meaning(
-        self, connection: AsyncConnection, chatbot_id: str, totals: Totals, question: _Question
+    def _by_meaning(
+        self, connection: Connection, chatbot_id: str, totals: Totals, question: _Question
     ) -> list[int]:
         assert question.vector is not None
         if connection.dialect.name == "sqlite":
-            return await self._vectors.nearest(
-                chatbot_id, totals, question.vector, question.model, CANDIDATES
+            return self._vectors.nearest(
+                connection,
+                chatbot_id,
+                totals,
+                question=question.vector,
+                embedding_model=question.model,
+                limit=CANDIDATES,
             )
-        return await nearest(
+        return nearest(
             connection,
             chatbot_id,
             question.vector.astype("<f2").tobytes(),
@@ -250,10 +264,9 @@ class Search:
         except RequestError as error:
             log.warning("findings_not_reranked", reason=str(error))
             return found
-        reranked = [
-            replace(finding, reranker_score=score) for finding, score in zip(best, scores, strict=True)
-        ]
-        return sorted(reranked, key=lambda f: -(f.reranker_score or 0.0)) + found[RERANKED:]
+        for finding, score in zip(best, scores, strict=True):
+            finding.reranker_score = score
+        return sorted(best, key=lambda f: -(f.reranker_score or 0.0)) + found[RERANKED:]
 
 
 def _asked(texts: list[str]) -> tuple[list[tuple[Asked, float]], list[tuple[list[str], float]]]:
@@ -278,8 +291,8 @@ def _looked_for(asked: list[tuple[Asked, float]], occurs_in: dict[str, int]) -> 
     return counts
 
 
-async def _by_words(
-    connection: AsyncConnection, totals: Totals, weights: Weights, occurs_in: dict[str, int]
+def _by_words(
+    connection: Connection, totals: Totals, weights: Weights, occurs_in: dict[str, int]
 ) -> list[int]:
     """Candidates by their words: by rare ones, of which there must be one, and the others beside it."""
     rarest_first = sorted(weights.found, key=lambda term: (occurs_in[term], term))[:MOST_TERMS]
@@ -292,40 +305,38 @@ async def _by_words(
         chosen[term] = round(weights.found[term] * WEIGHT_STEPS)
     if not rare:
         return []
-    return await lexical_candidates(connection, totals.number, rare, common, CANDIDATES)
+    return lexical_candidates(connection, totals.number, rare, common, CANDIDATES)
 
 
 def _scored(
-    rows: Sequence[Row[Any, Any, Any, Any, Any]], weights: Weights, question: _Question
+    rows: Sequence[Row[int, bytes, str, bytes | None]], weights: Weights, question: _Question
 ) -> list[_Scored]:
     """Scores and ranks of the candidates, best first."""
-    lexical = [weights.of(terms_, length) for _, terms_, length, _, _ in rows]
-    cosines = _cosines(rows, question)
-    by_words = _ranks([found.score or None for found in lexical])
-    by_meaning = _ranks(cosines)
-    scored = [
-        _Scored(row.id, min(fused(found, cosine), 1.0), found.score, word_rank, cosine, meaning_rank)
-        for row, found, cosine, word_rank, meaning_rank in zip(
-            rows, lexical, cosines, by_words, by_meaning, strict=True
-        )
-    ]
+    if not rows:
+        return []
+    lexical, cosines = weights.of([row.term_codes for row in rows]), _cosines(rows, question)
+    by_words, by_meaning = lexical.score.tolist(), [None if isnan(c) else c for c in cosines.tolist()]
+    word_ranks, meaning_ranks = _ranks([score or None for score in by_words]), _ranks(by_meaning)
+    ids, scores = [row.id for row in rows], fused(lexical, cosines).tolist()
+    scored = map(_Scored, ids, scores, by_words, word_ranks, by_meaning, meaning_ranks)
     return sorted(scored, key=lambda best: (-best.score, best.passage_id))
 
 
-def _cosines(rows: Sequence[Row[Any, Any, Any, Any, Any]], question: _Question) -> list[float | None]:
-    cosines: list[float | None] = [None] * len(rows)
+def _cosines(rows: Sequence[Row[int, bytes, str, bytes | None]], question: _Question) -> Numbers:
+    """NaN where a passage has no embedding of the question's model."""
+    cosines = np.full(len(rows), np.nan)
     if question.vector is None:
         return cosines
     size = len(question.vector) * 2
     fitting = [
         index
-        for index, row in enumerate(rows)
-        if row.embedding_model == question.model and len(row.embedding or b"") == size
+        for index, (_, _, model, embedding) in enumerate(rows)
+        if model == question.model and embedding and len(embedding) == size
     ]
     stored = np.frombuffer(b"".join(rows[index].embedding for index in fitting), "<f2")
-    values = stored.astype(np.float32).reshape(len(fitting), len(question.vector)) @ question.vector
-    for index, value in zip(fitting, values.tolist(), strict=True):
-        cosines[index] = value
+    cosines[fitting] = (
+        stored.astype(np.float32).reshape(len(fitting), -1 if fitting else size // 2) @ question.vector
+    )
     return cosines
 
 
@@ -358,30 +369,26 @@ def _finding(row: RowMapping, scored: _Scored) -> Finding:
     )
 
 
-def _choose(found: list[Finding], limit: int, threshold: float | None) -> list[Finding]:
-    """Findings with whether they are kept and why: those that are kept first."""
+def _choose(found: list[Finding], limit: int, threshold: float | None, told: int) -> list[Finding]:
+    """Findings with whether they are kept and why: those that are kept first, and `told` of them in all."""
     kept: list[Finding] = []
     dropped: list[Finding] = []
     seen: dict[str, int] = {}
     for rank, finding in enumerate(found, 1):
         text = " ".join(finding.text.casefold().split())
         if text in seen:
-            reason = f"dropped: the same text as the one ranked {seen[text]}"
+            finding.reason = f"dropped: the same text as the one ranked {seen[text]}"
         elif threshold is not None and finding.score < threshold:
-            reason = f"dropped: its score is below the threshold of {threshold:g}"
+            finding.reason = f"dropped: its score is below the threshold of {threshold:g}"
         elif len(kept) >= limit:
-            reason = f"dropped: ranked {rank}, beyond the limit of {limit}"
+            finding.reason = f"dropped: ranked {rank}, beyond the limit of {limit}"
         else:
-            kept.append(replace(finding, kept=True, reason=f"kept: ranked {rank}"))
-            seen[text] = rank
-            continue
-        if len(kept) + len(dropped) >= EXPLAINED:
-            break
+            finding.kept, finding.reason = True, f"kept: ranked {rank}"
         seen.setdefault(text, rank)
-        dropped.append(replace(finding, reason=reason))
-    return kept + dropped[: max(0, EXPLAINED - len(kept))]
+        (kept if finding.kept else dropped).append(finding)
+    return kept + dropped[: max(0, told - len(kept))]
 
 
 def _read(finding: Finding) -> str:
     """A passage as it was embedded."""
-    return "\n".join(filter(None, [" > ".join(finding.headings), finding.text]))
+    return " > ".join([finding.title, *finding.headings]) + "\n" + finding.text

@@ -5,7 +5,7 @@ enough: they are compared exactly afterwards. The scan is NumKong's; of 100,000 
 it takes 6 ms, where NumPy with float32 takes 9.
 """
 
-import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -13,46 +13,53 @@ import numkong
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
-from upchatty.storage.database import Database
 from upchatty.storage.passages import Totals, embeddings_after, passage_ids
 
-LOADED_AT_ONCE = 2048  # vectors, which keeps other requests waiting for about 2 ms
-SCANNED_INLINE = 4096  # vectors; more are scanned beside the event loop
+LOADED_AT_ONCE = 2048  # vectors
 BYTES_BESIDE = 12  # of a vector: its id and its scale
 STALE_SHARE = 50  # of that many vectors one may be of a passage that is gone
 
 Vector = NDArray[np.float32]
+_Ids = NDArray[np.int64]
+_Codes = NDArray[np.int8]
 log = structlog.get_logger()
 
 
 class Vectors:
-    """The vectors of those chatbots that were asked last.
+    """The vectors of those chatbots that were asked last; several threads may ask at once.
 
     Args:
-        database: Where they come from.
         memory: Bytes that they may take together.
     """
 
-    def __init__(self, database: Database, memory: int) -> None:
-        self._database = database
+    def __init__(self, memory: int) -> None:
         self._memory = memory
         self._chatbots: OrderedDict[tuple[str, str], _ChatbotVectors] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def memory(self) -> int:
         """Bytes that are taken."""
         return sum(vectors.memory for vectors in self._chatbots.values())
 
-    async def nearest(
-        self, chatbot_id: str, totals: Totals, question: Vector, embedding_model: str, limit: int
+    def nearest(
+        self,
+        connection: Connection,
+        chatbot_id: str,
+        totals: Totals,
+        *,
+        question: Vector,
+        embedding_model: str,
+        limit: int,
     ) -> list[int]:
         """The ids of the passages that are nearest to a question; passages that are gone may be among them.
 
         Args:
+            connection: Where vectors are loaded from.
             chatbot_id: The chatbot.
-            totals: Its passages as a whole, as they are now.
+            totals: Its passages as a whole, as they are at the connection's moment.
             question: The question's embedding, of length 1.
             embedding_model: The model that made it.
             limit: How many at least, where there are so many.
@@ -61,32 +68,15 @@ class Vectors:
             log.warning("chatbot_exceeds_knowledge_memory", chatbot=chatbot_id, passages=totals.passages)
             return []
         key = (chatbot_id, embedding_model)
-        vectors = self._chatbots.get(key)
-        if vectors is None:
-            vectors = self._chatbots[key] = _ChatbotVectors(len(question))
-        self._chatbots.move_to_end(key)
-        async with vectors.loading:
-            await self._follow(vectors, key, totals)
-        self._make_room(key)
-        return await vectors.nearest(question, limit, totals)
-
-    async def _follow(self, vectors: "_ChatbotVectors", key: tuple[str, str], totals: Totals) -> None:
-        """Load what was published since, and forget what is gone when it becomes too much."""
-        if vectors.revision >= totals.revision:
-            return
-        if vectors.is_empty:
-            vectors.removed = totals.removed
-            vectors.reserve(totals.passages)
-        async with self._database.transaction() as connection:
-            while rows := await embeddings_after(connection, *key, vectors.place, LOADED_AT_ONCE):
-                await asyncio.to_thread(vectors.add, rows)
-            if (totals.removed - vectors.removed) * STALE_SHARE > totals.passages:
-                ids: list[int] = []
-                while page := await passage_ids(connection, key[0], after=ids[-1] if ids else 0):
-                    ids += page
-                await asyncio.to_thread(vectors.keep, ids)
-                vectors.removed = totals.removed
-        vectors.revision = totals.revision
+        with self._lock:
+            vectors = self._chatbots.setdefault(key, _ChatbotVectors(len(question)))
+            self._chatbots.move_to_end(key)
+        with vectors.loading:
+            _follow(connection, vectors, key, totals)
+            scannable = vectors.scannable(limit, totals)
+        with self._lock:
+            self._make_room(key)
+        return _scan(*scannable, question)
 
     def _make_room(self, asked: tuple[str, str]) -> None:
         for key in [*self._chatbots]:
@@ -96,9 +86,27 @@ class Vectors:
                 del self._chatbots[key]
 
 
+def _follow(connection: Connection, vectors: "_ChatbotVectors", key: tuple[str, str], totals: Totals) -> None:
+    """Load what was published since, and forget what is gone when it becomes too much."""
+    if vectors.revision >= totals.revision:
+        return
+    if vectors.is_empty:
+        vectors.removed = totals.removed
+        vectors.reserve(totals.passages)
+    while rows := embeddings_after(connection, *key, vectors.place, LOADED_AT_ONCE):
+        vectors.add(rows)
+    if (totals.removed - vectors.removed) * STALE_SHARE > totals.passages:
+        ids: list[int] = []
+        while page := passage_ids(connection, key[0], after=ids[-1] if ids else 0):
+            ids += page
+        vectors.keep(ids)
+        vectors.removed = totals.removed
+    vectors.revision = totals.revision
+
+
 class _ChatbotVectors:
     def __init__(self, dimensions: int) -> None:
-        self.loading = asyncio.Lock()
+        self.loading = threading.Lock()
         self.revision = -1
         self.removed = 0
         self.place = (0, 0)
@@ -142,23 +150,17 @@ class _ChatbotVectors:
         self._ids, self._scales, self._codes = self._ids[kept], self._scales[kept], self._codes[kept]
         self._count = len(kept)
 
-    async def nearest(self, question: Vector, limit: int, totals: Totals) -> list[int]:
-        wanted = limit + totals.removed - self.removed
-        arrays = self._ids[: self._count], self._scales[: self._count], self._codes[: self._count]
-        if self._count <= wanted:
-            return [int(passage_id) for passage_id in arrays[0]]
-        if self._count <= SCANNED_INLINE:
-            return _scan(*arrays, question, wanted)
-        return await asyncio.to_thread(_scan, *arrays, question, wanted)
+    def scannable(self, limit: int, totals: Totals) -> tuple[_Ids, Vector, _Codes, int]:
+        """What there is to scan, which stays as it is, and how many to find: those that are gone come on
+        top of the limit."""
+        end = self._count
+        return self._ids[:end], self._scales[:end], self._codes[:end], limit + totals.removed - self.removed
 
 
-def _scan(
-    ids: NDArray[np.int64],
-    scales: NDArray[np.float32],
-    codes: NDArray[np.int8],
-    question: Vector,
-    wanted: int,
-) -> list[int]:
-    code = np.rint(question / max(float(np.abs(question).max()), 1e-9) * 127).astype(np.int8)
-    likeness = np.asarray(numkong.cdist(code[None], codes, "dot")).reshape(-1) * scales
-    return [int(passage_id) for passage_id in ids[np.argpartition(likeness, -wanted)[-wanted:]]]
+def _scan(ids: _Ids, scales: Vector, codes: _Codes, wanted: int, question: Vector) -> list[int]:
+    if len(ids) > wanted:
+        code = np.rint(question / max(float(np.abs(question).max()), 1e-9) * 127).astype(np.int8)
+        likeness = np.asarray(numkong.cdist(code[None], codes, "dot")).reshape(-1) * scales
+        ids = ids[np.argpartition(likeness, -wanted)[-wanted:]]
+    found: list[int] = ids.tolist()
+    return found

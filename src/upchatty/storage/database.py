@@ -1,16 +1,17 @@
 """The connection to the database, in either dialect, and its migrations."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, event, make_url, text
+from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -21,6 +22,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # No connection, a failed login, no such database, a read-only one, no resources, shutting down or starting:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 UNAVAILABLE = ("08", "28", "3D", "25006", "53", "57P")
+Result = TypeVar("Result")
 MIGRATION_LOCK, START_LOCK = 0x75706368, 0x75706369  # any will do, if every server takes the same ones
 
 
@@ -40,6 +42,12 @@ class Database:
         self._engine = create_async_engine(_driver_url(url, sqlite_file), **_pool_options(url))
         if self._sqlite_file:
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
+            self._readers = create_engine(
+                URL.create("sqlite", database=str(self._sqlite_file)),
+                isolation_level="AUTOCOMMIT",  # so that `_read` begins and ends transactions itself
+                pool_reset_on_return=None,
+            )
+            event.listen(self._readers, "connect", _prepare_sqlite)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -48,15 +56,37 @@ class Database:
         Raises:
             StorageUnavailable: The database cannot be reached or written.
         """
-        try:
+        with _unavailable():
             async with self._engine.begin() as connection:
                 yield connection
-        except (OperationalError, InterfaceError, PoolTimeout, OSError) as error:
-            raise StorageUnavailable from error
-        except DBAPIError as error:
-            if error.connection_invalidated or _sqlstate(error).startswith(UNAVAILABLE):
-                raise StorageUnavailable from error
-            raise
+
+    async def read(self, work: Callable[[Connection], Result]) -> Result:
+        """Do several queries in a row, at one moment of the database.
+
+        On SQLite a thread does the whole work: elsewhere each of its statements goes to a thread of the
+        driver's and back, several times, which takes longer than the statement.
+
+        Args:
+            work: Reads from the connection, and writes nothing.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            StorageUnavailable: The database cannot be reached.
+        """
+        if self._sqlite_file:
+            return await asyncio.to_thread(self._read, work)
+        async with self.transaction() as connection:
+            return await connection.run_sync(work)
+
+    def _read(self, work: Callable[[Connection], Result]) -> Result:
+        with _unavailable(), self._readers.connect() as connection:
+            connection.exec_driver_sql("BEGIN")
+            try:
+                return work(connection)
+            finally:
+                connection.exec_driver_sql("ROLLBACK")  # nothing was written
 
     @asynccontextmanager
     async def one_at_a_time(self) -> AsyncIterator[None]:
@@ -99,6 +129,8 @@ class Database:
     async def close(self) -> None:
         """Close every connection."""
         await self._engine.dispose()
+        if self._sqlite_file:
+            self._readers.dispose()
 
     async def _revision(self) -> str | None:
         async with self._engine.connect() as connection:
@@ -118,6 +150,19 @@ class Database:
         async with self._engine.connect() as connection:
             autocommit = await connection.execution_options(isolation_level="AUTOCOMMIT")
             await autocommit.execute(text("VACUUM INTO :snapshot"), {"snapshot": str(snapshot)})
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Tells callers of the database's absence from their own mistakes."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout, OSError) as error:
+        raise StorageUnavailable from error
+    except DBAPIError as error:
+        if error.connection_invalidated or _sqlstate(error).startswith(UNAVAILABLE):
+            raise StorageUnavailable from error
+        raise
 
 
 def _driver_url(url: str, sqlite_file: Path | None) -> URL:

@@ -1,10 +1,33 @@
 """Passages of documents: what is searched, and the two indexes that candidates come from."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
+from zlib import crc32
 
-from sqlalchemy import BindParameter, Row, RowMapping, bindparam, delete, func, insert, select, text, update
+import numpy as np
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Connection,
+    Row,
+    RowMapping,
+    Select,
+    Text,
+    TextClause,
+    any_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from upchatty.storage.database import Database
@@ -63,6 +86,12 @@ class Totals(NamedTuple):
     length: int
     revision: int
     removed: int
+
+
+def term_codes(terms: Sequence[str]) -> bytes:
+    """Terms as numbers of 32 bits, little-endian: among the terms of a hundred passages, hardly ever are two
+    of them the same one."""
+    return np.array([crc32(term.encode()) for term in terms], "<u4").tobytes()
 
 
 async def embedded_hashes(database: Database, document_id: str, embedding_model: str) -> set[str]:
@@ -124,19 +153,18 @@ async def publish(
     return True
 
 
-async def statistics(
-    connection: AsyncConnection, chatbot_id: str, terms: Sequence[str]
+def statistics(
+    connection: Connection, chatbot_id: str, terms: Sequence[str]
 ) -> tuple[Totals | None, dict[str, int]]:
     """A chatbot's totals, None where nothing was ever published, and in how many passages terms occur."""
-    parameters = {"chatbot": chatbot_id, "terms": terms}
-    rows = (await connection.execute(_STATISTICS, parameters)).all()
+    rows = connection.execute(*_statistics.among(connection, terms, chatbot=chatbot_id)).all()
     if not rows:
         return None, {}
     return Totals(*rows[0][:5]), {row.term: row.occurs_in for row in rows if row.term is not None}
 
 
-async def lexical_candidates(
-    connection: AsyncConnection, number: int, rare: dict[str, int], common: dict[str, int], limit: int
+def lexical_candidates(
+    connection: Connection, number: int, rare: dict[str, int], common: dict[str, int], limit: int
 ) -> list[int]:
     """The ids of the passages that have the weightiest terms.
 
@@ -148,24 +176,26 @@ async def lexical_candidates(
         limit: How many at most.
     """
     is_sqlite = connection.dialect.name == "sqlite"
-    part, quoted = (_SQLITE_PART, _for_fts5) if is_sqlite else (_POSTGRESQL_PART, _for_tsquery)
+    quoted = _for_fts5 if is_sqlite else _for_tsquery
     either, both = (" OR ", " AND ") if is_sqlite else (" | ", " & ")
     any_rare = "(" + either.join(quoted(number, term) for term in rare) + ")"
     matches = [(quoted(number, term), weight) for term, weight in rare.items()]
     matches += [(any_rare + both + quoted(number, term), weight) for term, weight in common.items()]
     parameters: Values = {"limit": limit, "low": number << NUMBER_SHIFT, "high": (number + 1) << NUMBER_SHIFT}
-    for index, (match, _) in enumerate(matches):
-        parameters[f"m{index}"] = match
-    parts = [part.format(weight=weight, index=index) for index, (_, weight) in enumerate(matches)]
-    query = text(
-        f"SELECT id FROM ({' UNION ALL '.join(parts)}) AS found"
-        " GROUP BY id ORDER BY SUM(weight) DESC, id LIMIT :limit"
-    )
-    return list((await connection.execute(query, parameters)).scalars())
+    for index, (match, weight) in enumerate(matches):
+        parameters |= {f"match{index}": match, f"weight{index}": weight}
+    query = _lexical_query(_SQLITE_PART if is_sqlite else _POSTGRESQL_PART, len(matches))
+    return list(connection.execute(query, parameters).scalars())
 
 
-async def nearest(
-    connection: AsyncConnection,
+@cache
+def _lexical_query(part: str, count: int) -> TextClause:
+    parts = " UNION ALL ".join(part.format(index=index) for index in range(count))
+    return text(f"SELECT id FROM ({parts}) AS found GROUP BY id ORDER BY SUM(weight) DESC, id LIMIT :limit")
+
+
+def nearest(
+    connection: Connection,
     chatbot_id: str,
     embedding: bytes,
     embedding_model: str,
@@ -187,7 +217,7 @@ async def nearest(
     if exact:
         distance, size = "embedding <#> CAST(CAST(:vector AS text) AS halfvec)", ""
     else:
-        await connection.execute(_PREPARE_HNSW)
+        connection.execute(_PREPARE_HNSW)
         vector = f"CAST(CAST(:vector AS text) AS halfvec({dimensions}))"
         distance = f"(embedding::halfvec({dimensions})) <#> {vector}"
         size = f"AND vector_dims(embedding) = {dimensions}"
@@ -201,25 +231,25 @@ async def nearest(
         "vector": vector_text(embedding),
         "limit": limit,
     }
-    return list((await connection.execute(query, parameters)).scalars())
+    return list(connection.execute(query, parameters).scalars())
 
 
-async def get_scored_columns(
-    connection: AsyncConnection, ids: Sequence[int]
-) -> Sequence[Row[Any, Any, Any, Any, Any]]:
-    """What scores of passages are made from: id, terms, their number, embedding model and embedding. Those
-    that are gone are left out."""
-    return (await connection.execute(_SCORED_COLUMNS, {"ids": ids})).all()
+def get_scored_columns(
+    connection: Connection, ids: Sequence[int]
+) -> Sequence[Row[int, bytes, str, bytes | None]]:
+    """What scores of passages are made from: id, term codes, embedding model and embedding. Those that are
+    gone are left out."""
+    return connection.execute(*_scored_columns.among(connection, ids)).all()
 
 
-async def get_passages(connection: AsyncConnection, ids: Sequence[int]) -> dict[int, RowMapping]:
+def get_passages(connection: Connection, ids: Sequence[int]) -> dict[int, RowMapping]:
     """Passages by id, with their documents' titles and URLs; those that are gone are left out."""
-    rows = (await connection.execute(_PASSAGES, {"ids": ids})).mappings()
+    rows = connection.execute(*_passages.among(connection, ids)).mappings()
     return {row["id"]: row for row in rows}
 
 
-async def embeddings_after(
-    connection: AsyncConnection,
+def embeddings_after(
+    connection: Connection,
     chatbot_id: str,
     embedding_model: str,
     place: tuple[int, int],
@@ -250,10 +280,10 @@ async def embeddings_after(
         .order_by(passages.c.revision, passages.c.id)
         .limit(limit)
     )
-    return (await connection.execute(query)).all()
+    return connection.execute(query).all()
 
 
-async def passage_ids(connection: AsyncConnection, chatbot_id: str, after: int = 0) -> list[int]:
+def passage_ids(connection: Connection, chatbot_id: str, after: int = 0) -> list[int]:
     """The ids of a chatbot's passages in their order, a page of them after an id."""
     query = (
         select(passages.c.id)
@@ -261,19 +291,48 @@ async def passage_ids(connection: AsyncConnection, chatbot_id: str, after: int =
         .order_by(passages.c.id)
         .limit(IDS_OF_A_PAGE)
     )
-    return list((await connection.execute(query)).scalars())
+    return list(connection.execute(query).scalars())
 
 
-# These are built once: with hundreds of values, building a query takes longer than executing it.
-_IDS: BindParameter[list[int]] = bindparam("ids", expanding=True)
-_SCORED_COLUMNS = select(
+class _Among:
+    """A query for rows whose column is among given values, which go to the database as one parameter.
+
+    Args:
+        column: The column.
+        kind: Its type.
+        build: The query, given the condition.
+    """
+
+    def __init__(
+        self, column: Column[Any], kind: type[Any], build: Callable[[ColumnElement[bool]], Select[Any]]
+    ) -> None:
+        on_sqlite = func.json_each(bindparam("among")).table_valued("value")
+        self._on_sqlite = build(column.in_(select(on_sqlite.c.value)))
+        self._on_postgresql = build(column == any_(bindparam("among", type_=ARRAY(kind))))
+
+    def among(
+        self, connection: Connection, values: Sequence[Any], **parameters: Any
+    ) -> tuple[Select[Any], Values]:
+        """The query and its parameters."""
+        if connection.dialect.name == "sqlite":
+            return self._on_sqlite, parameters | {"among": json.dumps(values)}
+        return self._on_postgresql, parameters | {"among": values}
+
+
+# These are built once: building a query takes longer than executing it.
+_scored_columns = _Among(
     passages.c.id,
-    passages.c.terms,
-    passages.c.length,
-    passages.c.embedding_model,
-    passages.c.embedding,
-).where(passages.c.id.in_(_IDS))
-_PASSAGES = (
+    BigInteger,
+    select(
+        passages.c.id,
+        passages.c.term_codes,
+        passages.c.embedding_model,
+        passages.c.embedding,
+    ).where,
+)
+_passages = _Among(
+    passages.c.id,
+    BigInteger,
     select(
         passages.c.id,
         passages.c.document_id,
@@ -286,33 +345,36 @@ _PASSAGES = (
         documents.c.url,
     )
     .join_from(passages, documents, documents.c.id == passages.c.document_id)
-    .where(passages.c.id.in_(_IDS))
+    .where,
 )
-_STATISTICS = (
-    select(
-        passage_totals.c.number,
-        passage_totals.c.passages,
-        passage_totals.c.length,
-        passage_totals.c.revision,
-        passage_totals.c.removed,
-        passage_terms.c.term,
-        passage_terms.c.passages.label("occurs_in"),
-    )
-    .outerjoin_from(
-        passage_totals,
-        passage_terms,
-        (passage_terms.c.chatbot_id == passage_totals.c.chatbot_id)
-        & passage_terms.c.term.in_(bindparam("terms", expanding=True)),
-    )
-    .where(passage_totals.c.chatbot_id == bindparam("chatbot"))
+_statistics = _Among(
+    passage_terms.c.term,
+    Text,
+    lambda is_wanted: (
+        select(
+            passage_totals.c.number,
+            passage_totals.c.passages,
+            passage_totals.c.length,
+            passage_totals.c.revision,
+            passage_totals.c.removed,
+            passage_terms.c.term,
+            passage_terms.c.passages.label("occurs_in"),
+        )
+        .outerjoin_from(
+            passage_totals,
+            passage_terms,
+            (passage_terms.c.chatbot_id == passage_totals.c.chatbot_id) & is_wanted,
+        )
+        .where(passage_totals.c.chatbot_id == bindparam("chatbot"))
+    ),
 )
 _SQLITE_PART = (
-    "SELECT rowid AS id, {weight} AS weight FROM passage_index"
-    " WHERE passage_index MATCH :m{index} AND rowid > :low AND rowid < :high"
+    "SELECT rowid AS id, :weight{index} AS weight FROM passage_index"
+    " WHERE passage_index MATCH :match{index} AND rowid > :low AND rowid < :high"
 )
 _POSTGRESQL_PART = (
-    "SELECT id, {weight} AS weight FROM passages"
-    " WHERE passage_lexemes(id, terms) @@ CAST(CAST(:m{index} AS text) AS tsquery)"
+    "SELECT id, CAST(:weight{index} AS integer) AS weight FROM passages"
+    " WHERE passage_lexemes(id, terms) @@ CAST(CAST(:match{index} AS text) AS tsquery)"
     " AND id > :low AND id < :high"
 )
 # With other chatbots' passages in the same index, it is read on until there are enough of this one's.
@@ -450,6 +512,7 @@ def _row(passage: NewPassage, embedding: bytes | None) -> Values:
         "text": passage.text,
         "terms": passage.terms,
         "length": passage.terms.count(" ") + bool(passage.terms),
+        "term_codes": term_codes(passage.terms.split()),
         "tokens": passage.tokens,
         "hash": passage.hash,
         "embedding": embedding,

@@ -211,6 +211,8 @@ passages = Table(
     # What it is found by, separated by spaces; `length` counts them.
     Column("terms", Text, nullable=False),
     Column("length", Integer, nullable=False),
+    # The same as numbers, which scores are computed from.
+    Column("term_codes", LargeBinary, nullable=False),
     Column("tokens", Integer, nullable=False),
     Column("hash", String(64), nullable=False),
     Column("embedding_model", Text, nullable=False),

@@ -139,6 +139,7 @@ def upgrade() -> None:
         sa.Column("text", sa.Text, nullable=False),
         sa.Column("terms", sa.Text, nullable=False),
         sa.Column("length", sa.Integer, nullable=False),
+        sa.Column("term_codes", sa.LargeBinary, nullable=False),
         sa.Column("tokens", sa.Integer, nullable=False),
         sa.Column("hash", sa.String(64), nullable=False),
         sa.Column("embedding_model", sa.Text, nullable=False),
