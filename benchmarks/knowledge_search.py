@@ -53,7 +53,7 @@ class RandomEmbedding:
 
     fingerprint = "random"
 
-    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str], *, seconds: float | None = None) -> NDArray[np.float32]:
         """Vectors of length 1."""
         seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) for text in texts]
         vectors = np.stack([np.random.default_rng(seed).standard_normal(DIMENSIONS) for seed in seeds])

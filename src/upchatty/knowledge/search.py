@@ -33,11 +33,12 @@ DEFAULT_THRESHOLD = 0.2
 
 CANDIDATES = 48  # that words find, and that vectors find
 RERANKED = 20
+EMBEDDING_SECONDS = 5.0  # for loading the model, too; a question that takes longer is searched by words only
 SPARE = 10  # candidates that are read beyond the limit, since some may be the same text
 EXPLAINED = 20  # findings at least, where there are so many, kept or dropped
 EARLIER_COUNTS = 0.5  # a term of an earlier message, against one of the question
 MOST_TERMS = 32  # that candidates are looked for by; they are the rarest
-MOST_MATCHES = 8_000  # of passages by rare terms; what is in more counts only beside one of these
+MOST_MATCHES = 2_000  # of passages by their words; terms that are in more count for what was found otherwise
 EXACT_ON_POSTGRESQL = 3_000  # passages that are compared one by one rather than through the index
 WEIGHT_STEPS = 1_000  # whole numbers add up to the same on every database
 
@@ -201,7 +202,7 @@ class Search:
             return None, ""
         both = [texts[-1]] if len(texts) == 1 else [texts[-1], "\n".join(texts)]
         try:
-            vectors = await self._embedding.embed(both)
+            vectors = await self._embedding.embed(both, seconds=EMBEDDING_SECONDS)
             model = self._embedding.fingerprint
         except (RequestError, OSError) as error:
             log.warning("question_not_embedded", reason=str(error))
@@ -294,18 +295,16 @@ def _looked_for(asked: list[tuple[Asked, float]], occurs_in: dict[str, int]) -> 
 def _by_words(
     connection: Connection, totals: Totals, weights: Weights, occurs_in: dict[str, int]
 ) -> list[int]:
-    """Candidates by their words: by rare ones, of which there must be one, and the others beside it."""
+    """Candidates by their words: the rarest, as long as they are in few enough passages."""
     rarest_first = sorted(weights.found, key=lambda term: (occurs_in[term], term))[:MOST_TERMS]
-    rare: dict[str, int] = {}
-    common: dict[str, int] = {}
+    chosen: dict[str, int] = {}
     matches = 0
     for term in rarest_first:
         matches += occurs_in[term]
-        chosen = rare if not rare or matches <= MOST_MATCHES else common
+        if chosen and matches > MOST_MATCHES:
+            break
         chosen[term] = round(weights.found[term] * WEIGHT_STEPS)
-    if not rare:
-        return []
-    return lexical_candidates(connection, totals.number, rare, common, CANDIDATES)
+    return lexical_candidates(connection, totals.number, chosen, MOST_MATCHES, CANDIDATES) if chosen else []
 
 
 def _scored(

@@ -164,27 +164,24 @@ def statistics(
 
 
 def lexical_candidates(
-    connection: Connection, number: int, rare: dict[str, int], common: dict[str, int], limit: int
+    connection: Connection, number: int, terms: dict[str, int], most: int, limit: int
 ) -> list[int]:
     """The ids of the passages that have the weightiest terms.
 
     Args:
         connection: The connection.
         number: The chatbot's number.
-        rare: The terms of which a passage must have one, with their weights: at least one.
-        common: Further terms, which count where a passage has a rare one.
-        limit: How many at most.
+        terms: The terms of which a passage must have one, with their weights.
+        most: How many passages of a term are looked at.
+        limit: How many are wanted at most.
     """
     is_sqlite = connection.dialect.name == "sqlite"
-    quoted = _for_fts5 if is_sqlite else _for_tsquery
-    either, both = (" OR ", " AND ") if is_sqlite else (" | ", " & ")
-    any_rare = "(" + either.join(quoted(number, term) for term in rare) + ")"
-    matches = [(quoted(number, term), weight) for term, weight in rare.items()]
-    matches += [(any_rare + both + quoted(number, term), weight) for term, weight in common.items()]
-    parameters: Values = {"limit": limit, "low": number << NUMBER_SHIFT, "high": (number + 1) << NUMBER_SHIFT}
-    for index, (match, weight) in enumerate(matches):
+    low, high = number << NUMBER_SHIFT, (number + 1) << NUMBER_SHIFT
+    parameters: Values = {"limit": limit, "most": most, "low": low, "high": high}
+    for index, (term, weight) in enumerate(terms.items()):
+        match = f'"{term}"' if is_sqlite else f"'{number}:{term}'"
         parameters |= {f"match{index}": match, f"weight{index}": weight}
-    query = _lexical_query(_SQLITE_PART if is_sqlite else _POSTGRESQL_PART, len(matches))
+    query = _lexical_query(_SQLITE_PART if is_sqlite else _POSTGRESQL_PART, len(terms))
     return list(connection.execute(query, parameters).scalars())
 
 
@@ -369,27 +366,19 @@ _statistics = _Among(
     ),
 )
 _SQLITE_PART = (
-    "SELECT rowid AS id, :weight{index} AS weight FROM passage_index"
-    " WHERE passage_index MATCH :match{index} AND rowid > :low AND rowid < :high"
+    "SELECT * FROM (SELECT rowid AS id, :weight{index} AS weight FROM passage_index"
+    " WHERE passage_index MATCH :match{index} AND rowid > :low AND rowid < :high LIMIT :most)"
 )
 _POSTGRESQL_PART = (
-    "SELECT id, CAST(:weight{index} AS integer) AS weight FROM passages"
+    "(SELECT id, CAST(:weight{index} AS integer) AS weight FROM passages"
     " WHERE passage_lexemes(id, terms) @@ CAST(CAST(:match{index} AS text) AS tsquery)"
-    " AND id > :low AND id < :high"
+    " AND id > :low AND id < :high LIMIT :most)"
 )
 # With other chatbots' passages in the same index, it is read on until there are enough of this one's.
 _PREPARE_HNSW = text(
     f"SELECT set_config('hnsw.ef_search', '{NEIGHBOURS_SEEN}', true),"
     " set_config('hnsw.iterative_scan', 'relaxed_order', true)"
 )
-
-
-def _for_fts5(_: int, term: str) -> str:
-    return f'"{term}"'
-
-
-def _for_tsquery(number: int, term: str) -> str:
-    return f"'{number}:{term}'"
 
 
 async def _ensure_vector_index(database: Database, new: list[NewPassage]) -> None:
