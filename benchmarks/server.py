@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,15 @@ class ServerUnderTest:
 
     Args:
         folder: Where its data go.
+        settings: Further settings.
         model: Settings of the default model to change, such as `{"speculation": "off"}`.
     """
 
-    def __init__(self, folder: Path, **model: Any) -> None:
-        self._arguments = [str(folder), msgspec.json.encode(model).decode()]
+    def __init__(self, folder: Path, settings: Mapping[str, object] | None = None, **model: Any) -> None:
+        self._arguments = [
+            str(folder),
+            *(msgspec.json.encode(part).decode() for part in (model, settings or {})),
+        ]
 
     async def __aenter__(self) -> Address:
         self._process = await asyncio.create_subprocess_exec(
@@ -56,7 +61,8 @@ class ServerUnderTest:
 
 
 def main() -> None:
-    folder, model = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=dict[str, Any])
+    folder = Path(sys.argv[1])
+    model, further = (msgspec.json.decode(argument, type=dict[str, Any]) for argument in sys.argv[2:])
     engine: dict[str, str] = {}
     original = EngineClient.__init__
 
@@ -66,7 +72,8 @@ def main() -> None:
 
     EngineClient.__init__ = remembering  # type: ignore[method-assign]
     default = msgspec.to_builtins(Settings().model_settings["default"])
-    settings = Settings(port=0, data_dir=folder, admin_key=KEY, models={"default": default | model})
+    models = {"default": default | model}
+    settings = Settings(port=0, data_dir=folder, admin_key=KEY, models=models, **further)
 
     def announce(running: Running) -> None:
         address = Address(running.address + "/api/v1", running.chatbot.id, pid=os.getpid(), **engine)

@@ -14,6 +14,29 @@ from tests.support import Server
 from upchatty.engines.files import ModelFiles
 from upchatty.settings import SMOLLM2, Settings
 
+FIRST, OTHER = "sqlite", "postgresql"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell what the project's own marker means."""
+    config.addinivalue_line(
+        "markers", "any_database: runs on SQLite only, because no database could make a difference"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the second database for tests that are marked with `any_database`."""
+    spared = {item for item in items if item.get_closest_marker("any_database") and _database(item) == OTHER}
+    config.hook.pytest_deselected(items=list(spared))
+    items[:] = [item for item in items if item not in spared]
+
+
+def _database(item: pytest.Item) -> str:
+    """The kind of database that a test's server or settings are for, empty where there is no choice."""
+    callspec = getattr(item, "callspec", None)
+    chosen = callspec.params if callspec else {}
+    return str(chosen.get("server") or chosen.get("settings") or "")
+
 
 @pytest.fixture(scope="session")
 def model_file() -> Path:
@@ -35,7 +58,7 @@ def new_database(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """Makes an empty database of a kind: its URL, empty for SQLite."""
 
     def make(kind: str) -> str:
-        if kind == "sqlite":
+        if kind == FIRST:
             return ""
         uri = request.getfixturevalue("postgresql")
         name = f"test_{uuid.uuid4().hex}"
@@ -51,7 +74,7 @@ async def _execute(uri: str, statement: str) -> None:
     await connection.close()
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session", params=[FIRST, OTHER])
 def server(request, new_database, tmp_path_factory, model_file) -> Iterator[Server]:  # type: ignore[no-untyped-def]
     """A server that many tests share; they make chatbots and keys of their own."""
     environment = {}

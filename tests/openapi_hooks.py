@@ -35,7 +35,7 @@ def map_case(context: HookContext, case: Case) -> Case:
 
 
 def _name_what_exists(body: dict[str, Any]) -> None:
-    if "messages" in body:
+    if "messages" in body and "query" not in body:
         body["model"] = CHATBOT
         if (body.get("response_format") or {}).get("type") == "json_schema":
             body["response_format"]["json_schema"] = {"schema": {"type": "boolean"}}

@@ -4,6 +4,8 @@
 import asyncio
 import json
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from langchain_openai import ChatOpenAI
 from tests.support import ADMIN_KEY, assert_error, question
 from tests.test_search import Running, running, settings_of_database  # noqa: F401
 from upchatty.chat.citations import Citations
-from upchatty.chat.quoting import harmless
-from upchatty.errors import InvalidRequest
+from upchatty.chat.prompt import build_prompt
+from upchatty.chat.quoting import Quotation, harmless
+from upchatty.cli import main
+from upchatty.engines.dialect import Message
+from upchatty.errors import InvalidRequest, PromptTooLong
 from upchatty.knowledge.calibration import calibrate, read_examples
+from upchatty.knowledge.search import Finding
 from upchatty.testing import ScriptedAnswer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -62,6 +68,13 @@ async def known(running: Running, chatbot: str, document: str, text: str, url: s
     """Put a document in, and wait until answers see it: chatbots are looked up twice a second."""
     await running.put(chatbot, document, text, url=url)
     await asyncio.sleep(0.6)
+
+
+async def metric(running: Running, name: str) -> float:
+    """A metric's value, 0 where it has none yet."""
+    address = str(running.client.base_url).removesuffix("/api/v1/")
+    found = re.search(rf"^{name} (\S+)$", (await running.client.get(address + "/metrics")).text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 async def bot(running: Running, **fields: Any) -> str:
@@ -150,7 +163,7 @@ async def test_what_the_model_is_given(running: Running) -> None:
     assert "sources" not in await answered(running, chatbot, UNKNOWN)
 
 
-async def test_documents_have_no_power_over_the_prompt(running: Running, model_file: Path) -> None:
+async def test_documents_have_no_power_over_the_prompt(running: Running) -> None:
     chatbot = await bot(running)
     await known(running, chatbot, "hostile", HOSTILE, url=URL)
     body = await answered(running, chatbot, ASKED)
@@ -174,11 +187,14 @@ async def test_documents_have_no_power_over_the_prompt(running: Running, model_f
     assert len(asked_of(running)) == 2 and asked_of(running)[-1]["content"].endswith(forged)
     assert body["choices"][0]["message"]["content"] == "So it is."
 
-    # llama.cpp finds none of its control tokens in what is left: its ids of them are below 17.
+
+async def test_llama_finds_no_control_tokens(model_file: Path) -> None:
+    """In what is left of a hostile text: llama.cpp's ids of this model's are below 17."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model_file)
     parameters.hostnames, parameters.port = ["127.0.0.1"], 0
     parameters.n_ctx, parameters.n_parallel, parameters.verbosity, parameters.ui = 256, 1, 1, False
+    parameters.warmup = False
     engine = xllamacpp.Server(parameters)
 
     def control_tokens(text: str) -> list[int]:
@@ -213,20 +229,26 @@ async def test_grounded(running: Running) -> None:
     assert (await answered(running, chatbot, ASKED))["sources"]
 
     await streamed(running, chatbot, "What is the weather on the moon?")
-    for _ in range(50):
-        found = (await running.client.get(f"/chatbots/{chatbot}/unanswered?limit=1")).json()
-        if found["data"] and found["data"][0]["count"] >= 2 and found["has_more"]:
-            break
+
+    async def unanswered(**parameters: Any) -> Any:
+        response = await running.client.get(f"/chatbots/{chatbot}/unanswered", params=parameters)
+        return response.json()
+
+    while sum(c["count"] for c in (await unanswered())["data"]) < 4:  # they are written behind the answers
+        await asyncio.sleep(0.05)
+    found = await unanswered(limit=1)
     [cluster] = found["data"]
     assert cluster["question"].startswith(UNKNOWN) and cluster["count"] == 2 and found["has_more"]
-    after = {"limit": 5, "after": cluster["id"]}
-    rest = (await running.client.get(f"/chatbots/{chatbot}/unanswered", params=after)).json()
-    assert (
-        "What is the weather on the moon?" in [c["question"] for c in rest["data"]] and not rest["has_more"]
-    )
+    rest = await unanswered(limit=5, after=cluster["id"])
+    asked = {c["question"] for c in rest["data"]}
+    assert asked == {ASKED, "What is the weather on the moon?"} and not rest["has_more"]
+    assert not (await unanswered(**{"from": "2020-01-01", "to": "2020-12-31"}))["data"]
+    for parameter in ("from", "to"):
+        wrong = await running.client.get(f"/chatbots/{chatbot}/unanswered", params={parameter: ""})
+        assert_error(wrong, 400, parameter)
     assert_error(await running.client.get("/chatbots/bot_x/unanswered"), 404, "bot_x")
     assert (await running.client.delete(f"/chatbots/{chatbot}/unanswered")).status_code == 204
-    assert not (await running.client.get(f"/chatbots/{chatbot}/unanswered")).json()["data"]
+    assert not (await unanswered())["data"]
 
     for field, value in (("policy", "strict"), ("threshold", 2), ("fallback_message", ""), ("passages", 0)):
         wrong = await running.client.patch(f"/chatbots/{chatbot}", json={field: value})
@@ -235,6 +257,164 @@ async def test_grounded(running: Running) -> None:
         await running.client.patch(f"/chatbots/{chatbot}", json={"threshold": None, "passages": 3})
     ).json()
     assert (shown["policy"], shown["threshold"], shown["passages"]) == ("grounded", None, 3)
+
+
+async def test_what_a_fallback_sentence_costs(running: Running) -> None:
+    """Nothing of what callers may use, and no time of a model; it is counted and recorded all the same."""
+    chatbot = await bot(running, policy="grounded")
+    await known(running, chatbot, "hours", OPENING)
+    made = {"name": "limited", "scope": "chat", "limits": {"tokens_per_minute": 4000}}
+    key = (await running.client.post("/keys", json=made)).json()
+    caller = {"Authorization": f"Bearer {key['key']}"}
+    names = ("upchatty_unanswered_total", "upchatty_search_seconds_count")
+    before = [await metric(running, name) for name in names]
+    for stream in (False, True):
+        body = question(chatbot, UNKNOWN, stream=stream)
+        told = await running.client.post("/chat/completions", json=body, headers=caller)
+        assert told.status_code == 200, told.text
+    whole = await running.client.post("/chat/completions", json=question(chatbot, UNKNOWN), headers=caller)
+    assert whole.headers["x-ratelimit-remaining-tokens"] == "4000"
+    assert [await metric(running, name) for name in names] == [count + 3 for count in before]
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        used = (await running.client.get("/usage", params={"key": key["id"]})).json()["total"]
+        if used["requests"] == 3:
+            break
+    assert (used["requests"], used["total_tokens"], used["errors"]) == (3, 0, 0)
+
+
+async def test_another_model_is_given_the_passages_as_well(running: Running) -> None:
+    chatbot = await bot(running, model="frail")
+    await known(running, chatbot, "hours", OPENING, url=URL)
+    running.engine.script(ScriptedAnswer(status=500))
+    body = await answered(running, chatbot, ASKED, "At seven [1], or [2].")
+    first, second = (request.body["messages"][-1]["content"] for request in running.engine.requests[-2:])
+    assert first == second and OPENING in second
+    assert body["choices"][0]["message"]["content"] == "At seven [1], or." and len(body["sources"]) == 1
+
+
+async def test_an_engine_for_embeddings_that_hangs(running: Running) -> None:
+    """Costs a caller two seconds or so, and then words are enough."""
+    chatbot = await bot(running, policy="grounded", threshold=0.1)
+    await known(running, chatbot, "hours", OPENING)
+    running.engine.refuse_texts.append(ScriptedAnswer(headers_delay=float("inf"), status=500))
+    began = time.monotonic()
+    body = await answered(running, chatbot, ASKED)
+    assert [source["text"] for source in body["sources"]] == [OPENING]
+    assert time.monotonic() - began < 10
+
+
+async def test_from_the_terminal(
+    running: Running,
+    settings_of_database: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    chatbot = await bot(running, policy="grounded")
+    monkeypatch.setenv("UPCHATTY_DATA_DIR", str(settings_of_database["data_dir"]))
+    monkeypatch.setenv("UPCHATTY_DATABASE_URL", settings_of_database["database_url"])
+    models = {"embedding": {"url": running.engine.url, "task": "embedding"}}
+    monkeypatch.setenv("UPCHATTY_MODELS", json.dumps(models))
+
+    async def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["upchatty", "knowledge", *arguments])
+        capsys.readouterr()
+        try:
+            await asyncio.to_thread(main)
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    examples = tmp_path / "examples.csv"
+    asked = [(ASKED, "yes"), ("What does a ticket cost?", "yes"), (UNKNOWN, "no"), ("Who is the Pope?", "no")]
+    examples.write_text("question,answerable\n" + "".join(f'"{text}",{told}\n' for text, told in asked))
+    code, out, err = await run("calibrate", chatbot, "--examples", str(examples))
+    assert (code, out) == (2, "") and "knows nothing yet" in err
+    await known(running, chatbot, "hours", OPENING)
+    await known(running, chatbot, "prices", TICKETS)
+    code, out, err = await run("calibrate", chatbot, "--examples", str(examples), "--json", "--apply")
+    assert code == 0 and "few examples" in err
+    best = json.loads(out)["best"]
+    assert best["balanced_accuracy"] == 1.0
+    shown = (await running.client.get(f"/chatbots/{chatbot}")).json()
+    assert (shown["threshold"], shown["version"]) == (best["threshold"], 2)
+    code, out, _ = await run("calibrate", chatbot, "--examples", str(examples))
+    assert code == 0 and "BALANCED ACCURACY" in out and "--apply sets it" in out
+    code, out, err = await run("calibrate", chatbot, "--examples", str(tmp_path / "none.csv"))
+    assert (code, out) == (2, "") and "none.csv" in err
+
+    code, out, _ = await run("unanswered", chatbot)
+    assert code == 0 and "No question was left" in out
+    await asyncio.sleep(0.6)  # until the new version is seen
+    for text in (UNKNOWN, UNKNOWN.upper(), "Who is the Pope?"):
+        await running.client.post("/chat/completions", json=question(chatbot, text))
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        code, out, _ = await run("unanswered", chatbot, "--json")
+        if sum(cluster["count"] for cluster in json.loads(out)) == 3:
+            break
+    assert [cluster["count"] for cluster in json.loads(out)] == [2, 1]
+    code, out, _ = await run("unanswered", chatbot, "--limit", "1", "--clear")
+    assert code == 0 and re.search(r"^2 +who won the chess", out, re.MULTILINE | re.IGNORECASE)
+    assert "Pope" not in out
+    assert "No question was left" in (await run("unanswered", chatbot))[1]
+    code, out, err = await run("unanswered", chatbot, "--from", "yesterday")
+    assert code == 2 and "--from" in err
+
+
+class WordCounter:
+    """Counts the words of messages, and four for each message."""
+
+    async def count_tokens(self, messages: list[Message]) -> int:
+        return sum(len(message["content"].split()) + 4 for message in messages)
+
+
+def of_words(count: int, word: str) -> Finding:
+    """A passage of so many words."""
+    return Finding(
+        passage_id=1, document_id="doc_1", title="Pool", url=None, headings=[], page=None,
+        text=" ".join([word] * count), tokens=count, score=1.0, lexical_rank=1, lexical_score=1.0,
+        vector_rank=1, vector_score=1.0, fused_score=1.0,
+    )  # fmt: skip
+
+
+async def test_passages_that_fit() -> None:
+    """The newest turn comes first, then the best passages; a third of the room stays for earlier turns."""
+    findings = [of_words(40, "best"), of_words(40, "second"), of_words(40, "third")]
+    turns: list[Message] = []
+    for number in range(5):
+        turns += [
+            {"role": "user", "content": f"q{number} " * 10},
+            {"role": "assistant", "content": "a " * 10},
+        ]
+    turns.append({"role": "user", "content": ASKED})
+    counter = WordCounter()
+
+    async def fitted(limit: int, passages: list[Finding] = findings) -> tuple[int, str, int]:
+        messages, count = await build_prompt(
+            "Serve swimmers.",
+            turns,
+            limit=limit,
+            max_tokens=16,
+            counter=counter,
+            quotation=Quotation(passages, citing=True),
+        )
+        assert await counter.count_tokens(messages) <= limit - 16
+        assert messages[-1]["content"].endswith(ASKED)
+        return count, messages[-1]["content"], len(messages)
+
+    count, text, length = await fitted(2000)
+    assert count == 3 and text.count("third") == 40 and length == 12
+    count, text, length = await fitted(250)
+    assert count == 2 and text.count("second") == 40 and "third" not in text and 2 < length < 12
+    # A passage that has no room as a whole is cut, and one of which too little is left is not given.
+    count, text, _ = await fitted(220, [of_words(400, "best")])
+    assert count == 1 and 10 < text.count("best") < 400 and "best …" in text
+    assert (await fitted(64))[0] == 0
+    with pytest.raises(PromptTooLong):
+        await fitted(12)
 
 
 async def test_clients_take_it(running: Running) -> None:

@@ -86,6 +86,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values]
 )
+@pytest.mark.any_database
 def test_wrong_value_names_its_parameter(client: httpx.Client, name: str, value: str) -> None:
     required = {"model": f'"{NOBODY}"', "messages": MESSAGES}
     fields = required | {name: value}
@@ -107,6 +108,7 @@ def test_wrong_value_names_its_parameter(client: httpx.Client, name: str, value:
         '"response_format":{"type":"json_schema","json_schema":{"schema":{"enum":[1,[%]]}}}',
     ],
 )
+@pytest.mark.any_database
 def test_no_number_is_infinite(client: httpx.Client, place: str, number: str) -> None:
     refuses(client, body("," + place.replace("%", number)))
 
@@ -115,6 +117,7 @@ def test_no_number_is_infinite(client: httpx.Client, place: str, number: str) ->
 @pytest.mark.parametrize(
     "message", ['{"role":"user","content":%}', '{"role":"user","content":"a","weight":%}', "%"]
 )
+@pytest.mark.any_database
 def test_no_number_in_a_message_is_infinite(client: httpx.Client, message: str, number: str) -> None:
     refuses(client, body(messages=f"[{message.replace('%', number)}]"))
 
@@ -155,6 +158,7 @@ ACCEPTED = {
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in ACCEPTED.items() for value in values]
 )
+@pytest.mark.any_database
 def test_right_or_ignored_value(client: httpx.Client, name: str, value: str) -> None:
     accepts(client, body(f',"{name}":{value}'))
 
@@ -201,6 +205,7 @@ def test_right_or_ignored_value(client: httpx.Client, name: str, value: str) -> 
         ('{"role":"user","content":"Hi"},{"role":"user","content":5}', ["messages[1].content"]),
     ],
 )
+@pytest.mark.any_database
 def test_wrong_message_says_where(client: httpx.Client, message: str, words: list[str]) -> None:
     refuses(client, body(messages=f"[{message}]"), *words)
 
@@ -220,6 +225,7 @@ def test_wrong_message_says_where(client: httpx.Client, message: str, words: lis
         '{"content":"Hi","role":"user"}',
     ],
 )
+@pytest.mark.any_database
 def test_right_message(client: httpx.Client, message: str) -> None:
     accepts(client, body(messages=f"[{message}]"))
 
@@ -237,6 +243,7 @@ def test_right_message(client: httpx.Client, message: str) -> None:
         '{"type":"json_schema","json_schema":[]}',
     ],
 )
+@pytest.mark.any_database
 def test_json_schema_without_a_schema(client: httpx.Client, value: str) -> None:
     refuses(client, body(f',"response_format":{value}'), "response_format.json_schema", "expected")
 
@@ -272,6 +279,7 @@ def test_json_schema_without_a_schema(client: httpx.Client, value: str) -> None:
         body("/* a comment */"),
     ],
 )
+@pytest.mark.any_database
 def test_no_json(client: httpx.Client, content: bytes) -> None:
     refuses(client, content, "expected")
 
@@ -285,12 +293,14 @@ def test_no_json(client: httpx.Client, content: bytes) -> None:
         (body().replace(b'"model"', b'"Model"'), ["model", "required"]),
     ],
 )
+@pytest.mark.any_database
 def test_missing_parameter(client: httpx.Client, content: bytes, words: list[str]) -> None:
     refuses(client, content, *words)
 
 
 @pytest.mark.parametrize("text", [b"\xff", b"a\xc3", b"\xc0\x80", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80"])
 @pytest.mark.parametrize("place", ['"messages":[{"role":"user","content":"%"}]', '"user":"%"', '"%":1'])
+@pytest.mark.any_database
 def test_invalid_utf8(client: httpx.Client, place: str, text: bytes) -> None:
     content = f'{{"model":"{NOBODY}",' + place + ("" if "messages" in place else f',"messages":{MESSAGES}')
     refuses(client, content.encode().replace(b"%", text) + b"}", "body")
@@ -361,14 +371,17 @@ def test_raw_nul(client: httpx.Client) -> None:
         ),
     ],
 )
+@pytest.mark.any_database
 def test_duplicate_key(client: httpx.Client, content: bytes, name: str) -> None:
     refuses(client, content, name, "twice")
 
 
+@pytest.mark.any_database
 def test_duplicate_role(client: httpx.Client) -> None:
     refuses(client, body(messages='[{"role":"user","content":"a","role":"system"}]'), "role")
 
 
+@pytest.mark.any_database
 def test_duplicate_among_very_many_keys_is_found_at_once(client: httpx.Client) -> None:
     keys = ",".join(f'"k{number}":0' for number in range(200_000))
     refuses(client, body(f',"metadata":{{{keys},"k199999":1}}'), "k199999", "twice")
@@ -393,6 +406,7 @@ def test_duplicate_among_very_many_keys_is_found_at_once(client: httpx.Client) -
     ],
     ids=["arrays", "objects", "messages", "ignored", "metadata", "content", "schema"],
 )
+@pytest.mark.any_database
 def test_deep_nesting(client: httpx.Client, content: bytes) -> None:
     refuses(client, content)
 
@@ -413,11 +427,13 @@ def test_the_server_is_well_after_all_this(client: httpx.Client, server: Server)
         ),
     ],
 )
+@pytest.mark.any_database
 def test_wrong_content_type(client: httpx.Client, content_type: str) -> None:
     response = post(client, body(), **{"Content-Type": content_type})
     assert_error(response, 415, "Content-Type", "application/json")
 
 
+@pytest.mark.any_database
 def test_missing_content_type(client: httpx.Client) -> None:
     response = client.post(COMPLETIONS, content=body())
     assert_error(response, 415, "Content-Type", "application/json")
@@ -426,28 +442,33 @@ def test_missing_content_type(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "content_type", ["application/json; charset=utf-8", "Application/JSON", "application/json;charset=UTF-8"]
 )
+@pytest.mark.any_database
 def test_right_content_type(client: httpx.Client, content_type: str) -> None:
     assert_error(post(client, body(), **{"Content-Type": content_type}), 404, NOBODY)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "nonsense"])
+@pytest.mark.any_database
 def test_encoded_body(client: httpx.Client, encoding: str) -> None:
     response = post(client, gzip.compress(body()), **{"Content-Encoding": encoding})
     assert_error(response, 415, encoding)
 
 
+@pytest.mark.any_database
 def test_identity_is_no_encoding(client: httpx.Client) -> None:
     assert_error(post(client, body(), **{"Content-Encoding": "identity"}), 404, NOBODY)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/chatbots", "/keys"])
 @pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.any_database
 def test_large_body(client: httpx.Client, path: str, chunked: bool) -> None:
     content = iter([TEN_MB[start : start + 65536] for start in range(0, len(TEN_MB), 65536)])
     response = client.post(path, content=content if chunked else TEN_MB, headers=JSON)
     assert_error(response, 413, "body", str(8 * 1024 * 1024))
 
 
+@pytest.mark.any_database
 def test_a_large_body_does_not_need_a_key_to_be_refused(server: Server) -> None:
     with server.client(None) as client:
         assert_error(client.post(COMPLETIONS, content=TEN_MB, headers=JSON), 401)
@@ -535,6 +556,7 @@ def test_scheme_in_any_case(server: Server, scheme: str) -> None:
     ["/nope", "/chat", "/chat/completions/x", "/models/a/b", "/chatbots/x/nope", "/%00", "/..%2f", "/é"],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.any_database
 def test_unknown_path(client: httpx.Client, method: str, path: str) -> None:
     assert_error(client.request(method, path), 404)
 
@@ -542,6 +564,7 @@ def test_unknown_path(client: httpx.Client, method: str, path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/api", "/api/v1", "/api/v2/models", "/schema/swagger", "/favicon.ico"]
 )
+@pytest.mark.any_database
 def test_unknown_path_outside_of_the_api(server: Server, path: str) -> None:
     authorization = {"Authorization": f"Bearer {ADMIN_KEY}"}
     assert_error(httpx.get(server.address + path, headers=authorization), 404, path)
@@ -562,6 +585,7 @@ def test_unknown_path_outside_of_the_api(server: Server, path: str) -> None:
         ("TRACE", "/models", {"GET", "HEAD"}),
     ],
 )
+@pytest.mark.any_database
 def test_wrong_method(client: httpx.Client, method: str, path: str, allowed: set[str]) -> None:
     response = client.request(method, path)
     assert_error(response, 405, method, path)
@@ -587,10 +611,12 @@ def test_wrong_method(client: httpx.Client, method: str, path: str, allowed: set
         b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
     ],
 )
+@pytest.mark.any_database
 def test_no_http(server: Server, garbage: bytes) -> None:
     assert_error(speak(server, garbage), 400, "HTTP")
 
 
+@pytest.mark.any_database
 def test_even_no_http_gets_a_request_id(server: Server) -> None:
     assert speak(server, b"hello\r\n\r\n").headers.get("x-request-id")
 

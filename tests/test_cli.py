@@ -437,7 +437,7 @@ def test_status_of_a_running_server(server: Server) -> None:
     assert facts["version"] == __version__
     assert (facts["server"], facts["address"]) == ("ready", server.address)
     assert facts["chatbots"] >= 1 and facts["keys"] >= 1
-    assert facts["models"] == ["default"]
+    assert facts["models"] == ["default", "embedding"]
 
 
 # Serve

@@ -24,6 +24,8 @@ from pydantic import BaseModel
 
 from tests.support import ADMIN_KEY, Server, question
 
+pytestmark = pytest.mark.any_database  # test_records.py and test_management.py ask on both
+
 NODE = Path(__file__).parent / "node"
 OFFLINE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH")
 

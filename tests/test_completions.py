@@ -13,7 +13,10 @@ import xllamacpp
 
 from tests.support import Server, assert_error, question
 
-CONTEXT = 4096
+pytestmark = pytest.mark.any_database  # test_records.py and test_management.py ask on both
+
+CONTEXT, SHORT = 4096, 512  # tokens
+BRIEF = "Be brief."
 Messages = list[dict[str, str]]
 
 
@@ -188,7 +191,7 @@ def test_seed_repeats_an_answer(server: Server, client: httpx.Client, seed: int)
                 max_tokens=8,
             )
         )
-        for _ in range(3)
+        for _ in range(2)
     }
     assert len(answers) == 1
 
@@ -247,7 +250,7 @@ def test_json_object(server: Server, client: httpx.Client) -> None:
         server.chatbot,
         messages=said("A person's name, as a JSON object with the key name."),
         response_format={"type": "json_object"},
-        max_tokens=60,
+        max_tokens=24,
     )
     if answer["choices"][0]["finish_reason"] == "stop":
         assert isinstance(json.loads(text(answer)), dict)
@@ -327,39 +330,40 @@ def test_assistant_without_content(server: Server, client: httpx.Client) -> None
 # Long conversations
 
 
-@pytest.fixture
-def once(server: Server) -> None:
-    """Skips what takes the engine long and does not touch the database, but for the first one."""
-    if "UPCHATTY_DATABASE_URL" in server.environment:
-        pytest.skip("the database makes no difference")
+@pytest.fixture(scope="module")
+def forgetful(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a short context, which is soon full: the arithmetic is the same at every length."""
+    models = {"default": {"path": str(model_file), "context": SHORT, "slots": 1}}
+    with Server(tmp_path_factory.mktemp("forgetful"), UPCHATTY_MODELS=json.dumps(models)) as server:
+        yield server
 
 
-@pytest.mark.usefixtures("once")
-def test_oldest_turns_give_way(
-    client: httpx.Client, make_bot: Callable[..., str], count_tokens: Callable[[Messages], int]
-) -> None:
-    bot = make_bot(instructions="Be brief.", max_tokens=16)
-    turns = [f"{number}: " + "word " * 300 for number in range(30)]
-    newest = "This is the newest question."
-    conversation = said(*turns, newest)
-    usage = ask(client, bot, messages=conversation, max_tokens=4)["usage"]
-    instructions = [{"role": "system", "content": "Be brief."}]
+def ask_briefly(server: Server, messages: Messages) -> int:
+    """The length of the prompt that the engine read, in tokens, after the instructions `BRIEF`."""
+    with server.client() as client:
+        fields = {"name": "brief", "instructions": BRIEF, "max_tokens": 4}
+        bot = client.post("/chatbots", json=fields).json()["id"]
+        prompt_tokens: int = ask(client, bot, messages=messages, max_tokens=1)["usage"]["prompt_tokens"]
+    return prompt_tokens
+
+
+def test_oldest_turns_give_way(forgetful: Server, count_tokens: Callable[[Messages], int]) -> None:
+    turns = [f"{number}: " + "word " * 30 for number in range(30)]
+    conversation = said(*turns, "This is the newest question.")
+    prompt = ask_briefly(forgetful, conversation)
+    instructions = [{"role": "system", "content": BRIEF}]
     # Whole turns go, and as few as possible: one of the ends of the conversation was read.
-    kept = [count_tokens(instructions + conversation[first:]) for first in range(16, 31, 2)]
-    assert usage["prompt_tokens"] in kept
-    assert CONTEXT * 3 // 4 - 700 < usage["prompt_tokens"] <= CONTEXT
+    kept = [count_tokens(instructions + conversation[first:]) for first in range(2, 31, 2)]
+    assert prompt in kept
+    assert SHORT * 3 // 4 - 90 < prompt <= SHORT
 
 
-@pytest.mark.timeout(240)  # so long a prompt takes a busy machine its time
-@pytest.mark.usefixtures("once")
 def test_newest_question_alone_is_kept_whole(
-    client: httpx.Client, make_bot: Callable[..., str], count_tokens: Callable[[Messages], int]
+    forgetful: Server, count_tokens: Callable[[Messages], int]
 ) -> None:
-    bot = make_bot(instructions="Be brief.", max_tokens=4)
-    client.timeout = 230
-    newest = said("word " * 3200)
-    usage = ask(client, bot, messages=[*said("old " * 500, "older " * 500), *newest], max_tokens=1)["usage"]
-    assert usage["prompt_tokens"] == count_tokens([{"role": "system", "content": "Be brief."}, *newest])
+    newest = said("word " * 400)
+    prompt = ask_briefly(forgetful, [*said("old " * 60, "older " * 60), *newest])
+    assert prompt == count_tokens([{"role": "system", "content": BRIEF}, *newest])
 
 
 @pytest.mark.parametrize("stream", [False, True])

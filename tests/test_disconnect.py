@@ -119,11 +119,11 @@ def test_a_stream_read_slowly_arrives_whole(narrow: Server) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_five_hundred_abandoned_streams(narrow: Server) -> None:
+def test_hundreds_of_abandoned_streams(narrow: Server) -> None:
     assert narrow.process
     process = psutil.Process(narrow.process.pid)
     before, open_files = median_seconds(narrow), process.num_fds()
-    asyncio.run(abandon(narrow, 500))
+    asyncio.run(abandon(narrow, 250))  # ten times the open files that are let pass below
     assert_free(narrow)
     assert_falls_idle(engine_of(narrow.process.pid))
     # A machine that tests run on is slow at times; what has leaked would make it slow for good.

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.support import Server, assert_error
 from tests.test_management import UNKNOWN, eventually, rows
-from upchatty.storage.tables import document_contents, documents, jobs, passages, staged_embeddings
+from upchatty.storage.tables import chatbots, document_contents, documents, jobs, passages, staged_embeddings
 
 MOST_BYTES = 300_000
 SECONDS = 90  # for reading, on a machine that has other things to do
@@ -279,6 +279,7 @@ def test_new_version_takes_the_place_of_the_old_one_at_once(bot: Bot, server: Se
     assert not [text for text in web.embedded if "things 7," in text], "what stays is not embedded again"
 
 
+@pytest.mark.any_database
 def test_failures_say_why(bot: Bot, server: Server, web: Web) -> None:
     web.page("/goes", "It will go.")
     gone = bot.add(url=web.url + "/goes")
@@ -334,6 +335,7 @@ def test_site_is_read_again(bot: Bot, server: Server, web: Web) -> None:
     assert bot.list() == [] and stored(server, after["/docs/a"]["id"]) == []
 
 
+@pytest.mark.any_database
 def test_schedule_reads_again(bot: Bot, server: Server, web: Web) -> None:
     web.page("/news", "Old news.")
     document_id = bot.add(url=web.url + "/news", refresh_seconds=60)
@@ -350,7 +352,7 @@ def test_schedule_reads_again(bot: Bot, server: Server, web: Web) -> None:
 
 def test_goes_on_after_a_kill(bot: Bot, server: Server, web: Web) -> None:
     web.embedded.clear()
-    web.delay = 0.1
+    web.delay = 0.05
     document_id = bot.add(title="Long", text=paragraphs(120))
     eventually(lambda: bot.get(document_id)["progress"]["done"] >= 40, SECONDS)
     worker = worker_of(server)
@@ -379,50 +381,27 @@ def test_deleted_while_it_is_read(bot: Bot, server: Server, web: Web) -> None:
     eventually(lambda: not rows(server, jobs.select()), SECONDS)
 
 
-def test_workers_end_with_the_server_and_give_back(
-    tmp_path: Path, settings: dict[str, str], web: Web
-) -> None:
-    with Server(tmp_path, **settings) as server, server.client() as client:
-        web.delay = 0.05
-        bot = Bot(client)
-        document_id = bot.add(title="Long", text=paragraphs(40))
-        eventually(lambda: bot.get(document_id)["progress"]["done"] >= 1, SECONDS)
-        worker = worker_of(server)
-        started = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - started < 15 and not worker.is_running()
-        [job] = rows(server, jobs.select())
-        assert job.worker is None and job.attempts == 0
-        web.delay = 0
-        server.start()
-        with server.client() as again:
-            bot.client = again
-            assert bot.read(document_id)["status"] == "ready"
-            server.kill()
-            eventually(lambda: not [child for child in psutil.process_iter() if child == worker])
-
-
-def test_every_job_is_done_once(
-    new_database: Callable[[str], str], tmp_path: Path, settings: dict[str, str], web: Web
-) -> None:
-    """By two workers on one PostgreSQL database, which claim what the other has not."""
-    environment = settings | {
-        "UPCHATTY_DATABASE_URL": new_database("postgresql"),
-        "UPCHATTY_WORKERS": "0",
-    }
-    with Server(tmp_path, **environment) as server, server.client() as client:
-        bot = Bot(client)
-        ids = [bot.add(text=f"Text number {number} of many.") for number in range(40)]
-        web.embedded.clear()
-        workers = [psutil.Popen(server.command("worker", "--once"), env=server.environment) for _ in range(2)]
-        assert [worker.wait(SECONDS) for worker in workers] == [0, 0]
-        assert {bot.get(document_id)["status"] for document_id in ids} == {"ready"}
-        assert len(web.embedded) == len(set(web.embedded)) == 40
+def test_every_job_is_done_once(bot: Bot, server: Server, web: Web) -> None:
+    """By two workers, which claim what the other has not."""
+    assert bot.read(bot.add(text="The worker is there."))["status"] == "ready"
+    first = worker_of(server)
+    first.suspend()
+    web.embedded.clear()
+    web.delay = 0.1
+    ids = [bot.add(text=f"Text number {number} of many.") for number in range(40)]
+    second = psutil.Popen(server.command("worker", "--once"), env=server.environment)
+    eventually(lambda: [job for job in rows(server, jobs.select()) if job.worker], SECONDS)
+    first.resume()
+    assert second.wait(SECONDS) == 0
+    web.delay = 0
+    assert {bot.read(document_id)["status"] for document_id in ids} == {"ready"}
+    assert len(web.embedded) == len(set(web.embedded)) == 40
 
 
 # Bad input
 
 
+@pytest.mark.any_database
 def test_bad_documents(bot: Bot) -> None:
     def post(**options: Any) -> httpx.Response:
         return bot.client.post(bot.path, **options)
@@ -476,6 +455,7 @@ def test_unknown_documents(bot: Bot, server: Server) -> None:
 # The terminal
 
 
+@pytest.mark.any_database
 def test_terminal_with_a_server(bot: Bot, server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "manual"
     (folder / "part").mkdir(parents=True)
@@ -499,16 +479,45 @@ def test_terminal_with_a_server(bot: Bot, server: Server, tmp_path: Path) -> Non
     assert bot.list() == []
 
 
-def test_terminal_without_a_server(tmp_path: Path) -> None:
-    """The command reads by itself, here with the built-in embedding model."""
-    server = Server(tmp_path)
-    chatbot = json.loads(server.run("chatbots", "create", "Ann", "--json").stdout)["id"]
+# What ends the server that the tests above share
+
+
+@pytest.mark.any_database
+def test_workers_end_with_the_server_and_give_back(server: Server, web: Web) -> None:
+    with server.client() as client:
+        bot = Bot(client)
+        web.delay = 0.05
+        document_id = bot.add(title="Long", text=paragraphs(40))
+        eventually(lambda: bot.get(document_id)["progress"]["done"] >= 1, SECONDS)
+        worker = worker_of(server)
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 15 and not worker.is_running()
+    [job] = rows(server, jobs.select())
+    assert job.worker is None and job.attempts == 0
+    web.delay = 0
+    server.start()
+    with server.client() as client:
+        bot.client = client
+        assert bot.read(document_id)["status"] == "ready"
+        worker = worker_of(server)
+        server.kill()
+        eventually(lambda: not worker.is_running())
+
+
+@pytest.mark.any_database
+def test_terminal_without_a_server(server: Server, tmp_path: Path) -> None:
+    """The command reads by itself."""
+    if server.process and server.process.poll() is None:
+        server.stop()
+    chatbot = rows(server, chatbots.select())[0].id
     file = tmp_path / "a.txt"
     file.write_text("Cats sleep for most of the day.")
     added = server.run(
         "knowledge", "add", chatbot, str(file), "--question", "Why?", "--answer", "So.", "--json"
     )
     assert added.returncode == 0, added.stderr
-    assert [document["status"] for document in json.loads(added.stdout)] == ["ready", "ready"]
+    found = json.loads(added.stdout)
+    assert [document["status"] for document in found] == ["ready", "ready"]
     assert "ready" in added.stderr
-    assert not rows(server, jobs.select()) and len(rows(server, passages.select())) == 2
+    assert all(stored(server, document["id"]) for document in found) and not rows(server, jobs.select())

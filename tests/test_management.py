@@ -90,6 +90,10 @@ def test_new_chatbot_has_the_defaults(admin: httpx.Client) -> None:
         "max_tokens": 1024,
         "keep_text": True,
         "limits": None,
+        "policy": "open",
+        "threshold": None,
+        "fallback_message": None,
+        "passages": None,
     }
 
 

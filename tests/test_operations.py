@@ -33,6 +33,7 @@ def log_lines(server: Server, request_id: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", OPEN_PATHS)
+@pytest.mark.any_database
 def test_open_to_everybody(server: Server, path: str) -> None:
     response = httpx.get(server.address + path)
     assert response.status_code == 200
@@ -43,6 +44,7 @@ def test_open_to_everybody(server: Server, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", OPEN_PATHS)
+@pytest.mark.any_database
 def test_head_is_get_without_a_body(server: Server, path: str) -> None:
     response = httpx.head(server.address + path)
     assert response.status_code == 200 and response.content == b""
@@ -115,6 +117,7 @@ def test_metrics_count(server: Server, client: httpx.Client) -> None:
     assert server.metric("upchatty_completions_running", model="default") == 0
 
 
+@pytest.mark.any_database
 def test_metrics_are_prometheus_text_and_name_nobody(server: Server, client: httpx.Client) -> None:
     client.post("/chat/completions", json=question(server.chatbot, "A canary sings.", max_tokens=1))
     response = httpx.get(server.address + "/metrics")
@@ -130,6 +133,7 @@ def test_metrics_are_prometheus_text_and_name_nobody(server: Server, client: htt
 @pytest.mark.parametrize(
     "sane", ["abc", "01ABC-def_0.9:x", "a" * 128, "550e8400-e29b-41d4-a716-446655440000"]
 )
+@pytest.mark.any_database
 def test_sane_request_id_is_echoed(client: httpx.Client, sane: str) -> None:
     response = client.get("/models", headers={"X-Request-ID": sane})
     assert response.headers.get_list("x-request-id") == [sane]
@@ -139,6 +143,7 @@ def test_sane_request_id_is_echoed(client: httpx.Client, sane: str) -> None:
     "other",
     ["", "a b", "a" * 129, "<script>", '"', "a,b", "a;b", "{}", "a\tb", "é".encode(), "../x", "a%0d%0ab"],
 )
+@pytest.mark.any_database
 def test_other_request_id_is_replaced(client: httpx.Client, other: str | bytes) -> None:
     response = client.get("/models", headers={"X-Request-ID": other})
     [request_id] = response.headers.get_list("x-request-id")
@@ -157,6 +162,7 @@ def test_other_request_id_is_replaced(client: httpx.Client, other: str | bytes) 
         ("GET", "/chatbots?limit=x", 400),
     ],
 )
+@pytest.mark.any_database
 def test_every_response_has_an_id_of_its_own(
     client: httpx.Client, method: str, path: str, status: int
 ) -> None:
@@ -166,6 +172,7 @@ def test_every_response_has_an_id_of_its_own(
 
 
 @pytest.mark.parametrize("kind", BOTH_KINDS)
+@pytest.mark.any_database
 def test_answers_have_the_callers_id(server: Server, client: httpx.Client, kind: dict[str, bool]) -> None:
     response = client.post(
         "/chat/completions",
@@ -175,6 +182,7 @@ def test_answers_have_the_callers_id(server: Server, client: httpx.Client, kind:
     assert response.headers.get_list("x-request-id") == [f"mine-{kind['stream']}"]
 
 
+@pytest.mark.any_database
 def test_open_and_unauthenticated_responses_have_ids(server: Server) -> None:
     for path in (*OPEN_PATHS, "/api/v1/models", "/nowhere"):
         assert httpx.get(server.address + path).headers["x-request-id"]
@@ -184,6 +192,7 @@ def test_open_and_unauthenticated_responses_have_ids(server: Server) -> None:
 
 
 @pytest.mark.parametrize("kind", BOTH_KINDS)
+@pytest.mark.any_database
 def test_one_line_a_request(server: Server, client: httpx.Client, kind: dict[str, bool]) -> None:
     response = client.post("/chat/completions", json=question(server.chatbot, max_tokens=1, **kind))
     [line] = log_lines(server, response.headers["x-request-id"])
@@ -193,6 +202,7 @@ def test_one_line_a_request(server: Server, client: httpx.Client, kind: dict[str
     assert line["key"].startswith("key_")
 
 
+@pytest.mark.any_database
 def test_line_of_a_head_request(server: Server, client: httpx.Client) -> None:
     response = client.head("/models")
     [line] = log_lines(server, response.headers["x-request-id"])
@@ -200,12 +210,14 @@ def test_line_of_a_head_request(server: Server, client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(("path", "status"), [("/nope", 404), ("/chat/completions", 405), ("/models", 200)])
+@pytest.mark.any_database
 def test_errors_are_logged_as_well(client: httpx.Client, server: Server, path: str, status: int) -> None:
     response = client.get(path)
     [line] = log_lines(server, response.headers["x-request-id"])
     assert line["status"] == status == response.status_code
 
 
+@pytest.mark.any_database
 def test_an_id_or_a_path_cannot_forge_a_line(client: httpx.Client, server: Server) -> None:
     response = client.get('/models/%0a{"event":"request","status":200,"forged":1}')
     [line] = log_lines(server, response.headers["x-request-id"])

@@ -129,6 +129,7 @@ async def running(settings_of_database: dict[str, Any]) -> AsyncIterator[Running
     async with ScriptedEngine(dimensions=256) as engine:
         models: dict[str, dict[str, Any]] = {"default": {"url": engine.url}}
         models["embedding"] = {"url": engine.url, "task": "embedding"}
+        models["frail"] = {"url": engine.url, "fallback": "default"}
         settings = Settings(models=models, workers=0, **settings_of_database)
         pool = await Pool.open(settings, ModelFiles(settings.cache_dir), Metrics())
         async with running_server(settings) as server:

@@ -129,6 +129,18 @@ def test_tiny_sections_are_put_together_below_their_own_parent() -> None:
     assert found[1].headings == ["Parts"]
 
 
+def test_what_follows_a_remark_stands_below_the_headings_of_its_section() -> None:
+    passages = passages_of(
+        heading("Maintenance", 1),
+        paragraph(ENGLISH * 12),
+        heading("Tip", 3),
+        paragraph("Bleeding takes a minute."),
+        paragraph(numbered(40)),
+    )
+    assert {tuple(passage.headings) for passage in passages} == {("Maintenance",)}
+    assert any("Tip\nBleeding takes a minute." in passage.text for passage in passages)
+
+
 def test_no_passage_is_a_heading_alone() -> None:
     found = passages_of(
         heading("Use"),

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support import Server, assert_error, question
 
+pytestmark = pytest.mark.any_database  # test_records.py and test_management.py ask on both
+
 EMOJI = "😀👍🏽é漢字 ‍👩‍👩‍👧 ü"
 
 

@@ -553,6 +553,7 @@ def test_json_is_as_over_http(
 
 
 @pytest.mark.parametrize("columns", [30, 60, 80, 140])
+@pytest.mark.any_database
 def test_chart_fits(
     run: Callable[..., Result],
     filled: tuple[list[str], list[str], list[Row]],
@@ -593,6 +594,7 @@ def test_empty(run: Callable[..., Result]) -> None:
         (["--key", "key_1"], 4, "key_1"),
     ],
 )
+@pytest.mark.any_database
 def test_wrong_usage(
     run: Callable[..., Result], settings: Settings, arguments: list[str], code: int, word: str
 ) -> None:
@@ -602,6 +604,7 @@ def test_wrong_usage(
     assert word in result.err and "Traceback" not in result.err
 
 
+@pytest.mark.any_database
 def test_terminal_and_pipe(settings: Settings, filled: tuple[list[str], list[str], list[Row]]) -> None:
     """On a terminal a chart, in ASCII where it has nothing else; into a pipe every column and no chart."""
     command = [sys.executable, "-m", "upchatty", "usage", "--from", "2024-02-27", "--to", "2024-03-02"]

@@ -1,134 +1,118 @@
-"""How well a file of questions finds its paragraphs: by words, by meaning, by their ranks fused, and by the search.
+"""How well a file of questions finds its paragraphs.
 
 The file is JSON: `paragraphs` of `id`, `title` and `text`, and `questions` of `question`, `paragraph` and
-`answerable`. Each paragraph is a document. The three plain ways are taken over all paragraphs, from the same
-terms and embeddings as the search has.
+`answerable`. Each paragraph is a document; its title is not searched, so that all ways have the same text.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
+import msgspec
 import numpy as np
-from sqlalchemy import insert
 
-from upchatty.engines.embedding import EmbeddingModel
-from upchatty.knowledge.scoring import Weights
-from upchatty.knowledge.search import Search
-from upchatty.knowledge.words import question_terms, terms
-from upchatty.settings import Settings
+from benchmarks.retrieval.chatbots import add_chatbot, add_document, open_search
+from benchmarks.retrieval.plain import Figures, plain_orders
+from benchmarks.retrieval.vectors import CachedEmbedding
+from upchatty.knowledge.splitting import Passage
 from upchatty.storage.database import Database
-from upchatty.storage.passages import NewPassage, publish, term_codes
-from upchatty.storage.tables import chatbots, documents
 
-CHATBOT = "bot_squad"
 CUTOFF = 20  # places of the search that are looked at
-RRF = 60  # https://doi.org/10.1145/1571941.1572114
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How well a way of searching finds the right paragraph.
+class Paragraph(msgspec.Struct, frozen=True):
+    """A paragraph of the file."""
+
+    id: int
+    text: str
+
+
+class Question(msgspec.Struct, frozen=True):
+    """A question of the file, and the id of its paragraph, which may not answer it."""
+
+    question: str
+    paragraph: int
+    answerable: bool
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """The file."""
+
+    paragraphs: list[Paragraph]
+    questions: list[Question]
+
+
+async def measure(file: Path, databases: Mapping[str, Database], embedding: CachedEmbedding) -> None:
+    """Print how well a file's questions find their paragraphs.
 
     Args:
-        name: The way.
-        places: The right paragraph's place for each question, from 1; 0 where it was not found.
-    """
-
-    name: str
-    places: list[int]
-
-    def row(self) -> str:
-        """A line of a Markdown table: R@1, R@5 and MRR."""
-        shares = [fmean(0 < place <= limit for place in self.places) for limit in (1, 5)]
-        mrr = fmean(1 / place if place else 0.0 for place in self.places)
-        return f"| {self.name} | {shares[0]:.3f} | {shares[1]:.3f} | {mrr:.3f} |"
-
-
-async def measure(
-    file: Path, database: Database, embedding: EmbeddingModel, *, answerable: bool
-) -> list[Quality]:
-    """Measure a file on an empty database.
-
-    Args:
-        file: The questions.
-        database: Where the paragraphs are put, its schema up to date.
+        file: The file.
+        databases: Where the paragraphs are put, by their names.
         embedding: The embedding model.
-        answerable: Whether questions that their paragraph does not answer are left out.
+
+    Raises:
+        SystemExit: The file cannot be read.
     """
-    sample = json.loads(file.read_text())
-    paragraphs = sample["paragraphs"]
-    questions = [q for q in sample["questions"] if q["answerable"] or not answerable]
-    await _fill(database, embedding, paragraphs)
-    search = Search(database, embedding, None, Settings())
-    found = []
-    for question in questions:
-        findings = await search.search(CHATBOT, [question["question"]], limit=CUTOFF)
-        ids = [finding.document_id for finding in findings.passages]
-        right = _document(question["paragraph"])
-        found.append(ids.index(right) + 1 if right in ids else 0)
-    return [*await _baselines(embedding, paragraphs, questions), Quality("search", found)]
+    try:
+        sample = msgspec.convert(json.loads(file.read_text()), Sample)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{file}: {error}") from error
+    rows = await _plain(sample, embedding)
+    found: dict[str, list[list[str]]] = {}
+    for name, database in databases.items():
+        found[name] = await _found(f"squad-{file.stem}", sample, database, embedding)
+        rows[f"search, {name}"] = [
+            ids.index(str(question.paragraph)) + 1 if str(question.paragraph) in ids else None
+            for ids, question in zip(found[name], sample.questions, strict=True)
+        ]
+    _print(file, sample, rows)
+    same = sum(len({tuple(ids) for ids in every}) == 1 for every in zip(*found.values(), strict=True))
+    print(
+        f"\nThe first {CUTOFF} are the same on all databases for {same} of {len(sample.questions)} questions."
+    )
 
 
-async def _fill(database: Database, embedding: EmbeddingModel, paragraphs: list[dict[str, Any]]) -> None:
-    row: dict[str, Any] = {"id": CHATBOT, "published_version": 1, "latest_version": 1, "created_at": 0}
-    async with database.transaction() as connection:
-        await connection.execute(insert(chatbots).values(row))
-    vectors = (await embedding.embed([paragraph["text"] for paragraph in paragraphs])).astype("<f2")
-    for paragraph, vector in zip(paragraphs, vectors, strict=True):
-        text, document = paragraph["text"], _document(paragraph["id"])
-        row = {"id": document, "chatbot_id": CHATBOT, "kind": "text", "title": paragraph["title"]}
-        row |= {"identity": document, "status": "ready", "created_at": 0, "updated_at": 0}
-        async with database.transaction() as connection:
-            await connection.execute(insert(documents).values(row))
-        passage = NewPassage(
-            position=0,
-            headings=[],
-            page=None,
-            anchor=None,
-            text=text,
-            terms=" ".join(terms(text)),
-            tokens=len(text) // 4,
-            hash=hashlib.sha256(text.encode()).hexdigest(),
-            embedding=vector.tobytes(),
+def _print(file: Path, sample: Sample, rows: Mapping[str, Sequence[int | None]]) -> None:
+    answerable = [question.answerable for question in sample.questions]
+    print(f"\n{file.name}: {len(sample.paragraphs)} paragraphs, {len(answerable)} questions, of which their")
+    print(f"paragraphs answer {sum(answerable)}\n")
+    print("| way | R@1 | R@5 | MRR | of those answered: R@1 | R@5 | MRR |\n|---|---|---|---|---|---|---|")
+    for name, places in rows.items():
+        answered = [place for place, is_answered in zip(places, answerable, strict=True) if is_answered]
+        print(f"| {name} | {Figures.of(places)} | {Figures.of(answered)} |")
+
+
+async def _found(
+    chatbot: str, sample: Sample, database: Database, embedding: CachedEmbedding
+) -> list[list[str]]:
+    """The ids of the paragraphs that are found, best first, for each question."""
+    await add_chatbot(database, chatbot)
+    for paragraph in sample.paragraphs:
+        hashed = hashlib.sha256(paragraph.text.encode()).hexdigest()
+        passage = Passage(
+            title="", headings=[], text=paragraph.text, page=None, anchor=None, tokens=0, hash=hashed
         )
-        model = embedding.fingerprint
-        await publish(database, document, CHATBOT, passages=[passage], embedding_model=model)
-
-
-async def _baselines(
-    embedding: EmbeddingModel, paragraphs: list[dict[str, Any]], questions: list[dict[str, Any]]
-) -> list[Quality]:
-    indexed = [terms(paragraph["text"]) for paragraph in paragraphs]
-    occurs_in: dict[str, int] = {}
-    for passage in indexed:
-        for term in set(passage):
-            occurs_in[term] = occurs_in.get(term, 0) + 1
-    length, codes = sum(map(len, indexed)), [term_codes(passage) for passage in indexed]
-    passages = await embedding.embed([paragraph["text"] for paragraph in paragraphs])
-    asked = await embedding.embed([question["question"] for question in questions])
-    by_words = np.empty((len(questions), len(paragraphs)))
-    for number, question in enumerate(questions):
-        own = {term.term: 1.0 for term in question_terms(question["question"]) if not term.is_alternative}
-        weights = Weights(own, [], passages=len(indexed), length=length, occurs_in=occurs_in)
-        by_words[number] = weights.of(codes).score
-    by_meaning = asked @ passages.T
-    fused = 1 / (RRF + _ranks(by_words)) + 1 / (RRF + _ranks(by_meaning))
-    right = [[p["id"] for p in paragraphs].index(question["paragraph"]) for question in questions]
-    ways = {"BM25": by_words, "embedding": by_meaning, "their ranks fused": fused}
+        await add_document(database, chatbot, str(paragraph.id), [passage], embedding)
+    search = open_search(database, embedding)
     return [
-        Quality(name, [int(rank[place]) for rank, place in zip(_ranks(scores), right, strict=True)])
-        for name, scores in ways.items()
+        [
+            finding.title
+            for finding in (await search.search(chatbot, [question.question], limit=CUTOFF)).passages
+        ]
+        for question in sample.questions
     ]
 
 
-def _ranks(scores: Any) -> Any:
-    """The place of each column in its row, from 1."""
-    return np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1) + 1
-
-
-def _document(paragraph: int) -> str:
-    return f"doc_{paragraph:032x}"
+async def _plain(sample: Sample, embedding: CachedEmbedding) -> dict[str, list[int | None]]:
+    texts = [paragraph.text for paragraph in sample.paragraphs]
+    questions = [question.question for question in sample.questions]
+    orders = plain_orders(texts, await embedding.embed(texts), questions, await embedding.embed(questions))
+    ids = np.array([paragraph.id for paragraph in sample.paragraphs])
+    return {
+        name: [
+            int(np.flatnonzero(ids[row] == question.paragraph)[0]) + 1
+            for row, question in zip(order, sample.questions, strict=True)
+        ]
+        for name, order in orders.items()
+    }

@@ -39,6 +39,7 @@ from upchatty.metrics import Metrics
 from upchatty.settings import Settings
 from upchatty.storage.counters import Counters
 from upchatty.storage.database import Database
+from upchatty.storage.passages import any_passages
 
 if TYPE_CHECKING:  # these are costly to import
     from upchatty.knowledge.worker import Worker
@@ -236,6 +237,8 @@ async def _start(
     services: Services, chatbot: Chatbot, listener: socket.socket, announce: Callable[[Running], None]
 ) -> None:
     await services.pool.start()
+    if await any_passages(services.database):  # else nobody may ever search
+        services.pool.preload()
     # A key that is made is shown this once, so it is made when nothing can go wrong any more.
     async with services.database.one_at_a_time():
         key = None if services.settings.admin_key else await services.keys.make_first("")

@@ -49,6 +49,23 @@ def _watch_pipe(when_told: Callable[[], object] | None) -> None:
     os._exit(0)
 
 
+def give_way(niceness: int = 0) -> None:
+    """Let other processes compute first.
+
+    Linux may share out the processor among sessions before it does among processes (sched(7), "The autogroup
+    feature"), so the leader of a session has to say it for that too.
+
+    Args:
+        niceness: How much is added to what this process has from its parent.
+    """
+    if not hasattr(os, "nice"):
+        return
+    nice = os.nice(niceness)
+    if sys.platform == "linux" and os.getsid(0) == os.getpid():
+        with suppress(OSError):  # the kernel has no such feature
+            Path("/proc/self/autogroup").write_text(str(nice))
+
+
 def process_name() -> str:
     """This process, told from every other one: where it runs, its id, and when it was started."""
     return f"{_machine()}:{os.getpid()}:{psutil.Process().create_time():.2f}"

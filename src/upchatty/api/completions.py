@@ -211,15 +211,18 @@ def _patience(headers: dict[bytes, bytes]) -> float | None:
 
 
 def _completion(answer: Answer) -> ChatCompletion:
-    message = AssistantAnswer(content=answer.text, annotations=_annotations(answer) or UNSET)
-    return ChatCompletion(
+    message = AssistantAnswer(content=answer.text)
+    completion = ChatCompletion(
         id=answer.id,
         created=answer.created,
         model=answer.question.chatbot,
         choices=[Choice(message=message, finish_reason=answer.finish_reason)],
         usage=TokenUsage.of(answer.usage),
-        sources=_sources(answer) or UNSET,
     )
+    if answer.sources:
+        message.annotations = _annotations(answer) or UNSET
+        completion.sources = _sources(answer)
+    return completion
 
 
 def _sources(answer: Answer) -> list[Source]:

@@ -183,8 +183,8 @@ async def add_document(chatbot_id: ChatbotId, request: JSONRequest, services: Se
         return DocumentView.of(await _add_file(chatbot.id, content_type, request, services))
     try:
         check_is_json(headers)
-    except UnsupportedMediaType:
-        raise UnsupportedDocument(got=content_type or "nothing") from None
+    except UnsupportedMediaType as error:
+        raise UnsupportedDocument(got=error.fields["got"]) from None
     body = await read_body(headers, request.receive, services.settings.max_body_bytes)
     return DocumentView.of(await _add(chatbot.id, body, services))
 
@@ -277,8 +277,8 @@ def _kind(body: bytes) -> str:
     """Which kind of document a body is about."""
     try:
         value: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        return "url"  # whatever it is read as, the sentence will say what is wrong
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        value = decode(body, dict)  # raises, and says what is wrong
     named = [name for name in NEW if isinstance(value, dict) and name in value]
     if len(named) != 1:
         raise InvalidRequest(parameter="body", expected=ONE_OF)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
 from typing import Any
+from urllib.parse import unquote
 
 from litestar.types import Receive
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
@@ -13,6 +14,7 @@ from upchatty.errors import BodyTooLarge, InvalidRequest
 
 MULTIPART = "multipart/form-data"
 BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;",]{1,70}))', re.IGNORECASE)
+EXTENDED_NAME = re.compile(r"filename\*\s*=\s*(utf-8|iso-8859-1)'[^']*'([^;\s]+)", re.IGNORECASE)
 IN_MEMORY = 1024 * 1024  # bytes; of a larger file the rest goes to the disk
 MOST_PARTS, MOST_HEADER_BYTES = 8, 8192
 MOST_FIELD_BYTES = 16 * 1024
@@ -58,7 +60,7 @@ async def read_form(content_type: str, receive: Receive, most_bytes: int) -> For
         await _read(form, content_type, receive, most_bytes)
     except MultipartError as error:
         form.close()
-        problem = str(error) or type(error).__name__
+        problem = error.args[0] if error.args else type(error).__name__
         raise InvalidRequest(
             parameter="body", expected=f"expected a valid form of {MULTIPART} ({problem})"
         ) from None
@@ -146,5 +148,14 @@ class _Part:
             raise InvalidRequest(parameter="file", expected="expected once, but it stands there twice")
         self._text = None
         self._form.file = SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - the form closes it
-        self._form.name = segment.filename or ""
+        self._form.name = _file_name(segment)
         self._form.media_type = segment.content_type
+
+
+def _file_name(segment: MultipartSegment) -> str:
+    """A file's name. RFC 7578 (section 4.2) knows only `filename`; for names that are not ASCII some clients
+    send the `filename*` of RFC 5987 all the same."""
+    disposition = segment.header("Content-Disposition") or ""
+    if extended := EXTENDED_NAME.search(disposition):
+        return unquote(extended[2], encoding=extended[1], errors="replace")
+    return segment.filename or ""

@@ -5,15 +5,14 @@ from typing import Annotated
 from litestar import delete, get
 from litestar.params import Parameter
 
-from upchatty.api.body import NO_NUL
 from upchatty.api.errors import with_errors
 from upchatty.api.paging import DEFAULT_PAGE_SIZE, After, Page, PageSize, page_of
 from upchatty.api.services import Services
+from upchatty.api.usage import From, To
 from upchatty.chat.unanswered import UnansweredCluster
 from upchatty.chat.usage import selection
 
 ChatbotId = Annotated[str, Parameter(description="`bot_…`")]
-Time = Annotated[str | None, Parameter(pattern=NO_NUL, max_length=64)]
 
 
 @get("/chatbots/{chatbot_id:str}/unanswered", responses=with_errors(404))
@@ -23,15 +22,17 @@ async def list_unanswered(
     *,
     limit: PageSize = DEFAULT_PAGE_SIZE,
     after: After = "",
-    start: Annotated[Time, Parameter(query="from", description="Where the time begins")] = None,
-    end: Annotated[Time, Parameter(query="to", description="Where it ends")] = None,
+    from_: From = None,
+    to: To = None,
 ) -> Page[UnansweredCluster]:
     """What a grounded chatbot was asked and could not answer, like with like, the most frequent first; of
     the last 30 days, or of the time from `from` to `to`."""
-    chatbot, time = await services.chatbots.get(chatbot_id), selection(start, end)
+    chatbot, time = await services.chatbots.get(chatbot_id), selection(from_, to)
     clusters = await services.unanswered.clusters(chatbot.id, time.start, time.end)
     ids = [cluster.id for cluster in clusters]
-    begin = ids.index(after) + 1 if after in ids else 0
+    if after and after not in ids:
+        return page_of([], limit)  # to begin anew would have a client go round in circles
+    begin = ids.index(after) + 1 if after else 0
     return page_of(clusters[begin : begin + limit + 1], limit)
 
 

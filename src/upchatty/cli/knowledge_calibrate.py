@@ -7,13 +7,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from upchatty.app import open_services
-from upchatty.cli.administration import configure_quiet_logs
+from upchatty.cli.administration import administration
 from upchatty.cli.output import JSON, CommonSettings, print_json, print_table
 from upchatty.cli.progress import RichProgress
+from upchatty.engines.files import ModelFiles
+from upchatty.engines.pool import open_embedding
 from upchatty.errors import ConfigurationError, InvalidRequest
 from upchatty.knowledge.calibration import Calibration, Example, read_examples
 from upchatty.knowledge.calibration import calibrate as best_threshold
+from upchatty.knowledge.search import Search
 from upchatty.settings import Settings
 
 
@@ -39,17 +41,21 @@ def calibrate(
         raise ConfigurationError(setting="--examples", problem=problem) from None
 
     async def run() -> Calibration:
-        configure_quiet_logs(settings)
-        async with open_services(settings, RichProgress()) as services:
-            asked = await services.chatbots.get(chatbot)
+        files, progress = ModelFiles(settings.cache_dir), RichProgress()
+        async with (
+            administration(settings) as opened,
+            open_embedding(settings, files, progress=progress) as embedding,
+        ):
+            asked = await opened.chatbots.get(chatbot)
             if not asked.known_passages:
                 raise InvalidRequest(
                     parameter="calibrate", expected="this chatbot knows nothing yet: add documents first"
                 )
-            found = [await services.search.search(asked.id, [example.question]) for example in known]
+            search = Search(opened.database, embedding, None, settings)
+            found = [await search.search(asked.id, [example.question], seconds=None) for example in known]
             result = best_threshold(known, [findings.score for findings in found])
             if apply:
-                await services.chatbots.change(asked.id, threshold=result.best.threshold)
+                await opened.chatbots.change(asked.id, threshold=result.best.threshold)
             return result
 
     _print(asyncio.run(run()), known, applied=apply, json=json)
@@ -57,7 +63,8 @@ def calibrate(
 
 def _print(result: Calibration, known: list[Example], *, applied: bool, json: bool) -> None:
     if json:
-        print_json(result._asdict() | {"applied": applied})
+        outcomes = {"best": result.best._asdict(), "others": [o._asdict() for o in result.others]}
+        print_json(result._asdict() | outcomes | {"applied": applied})
     else:
         rows = [
             (f"{o.threshold:.4g}", o.false_answers, o.false_refusals, f"{o.balanced_accuracy:.3f}")

@@ -53,6 +53,7 @@ def search(
                 limit=limit or found.passages,
                 threshold=least_score(found),
                 explain=True,
+                seconds=None,
             )
 
     findings = asyncio.run(run())

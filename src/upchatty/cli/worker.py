@@ -1,7 +1,6 @@
 """`upchatty worker`: reads documents, beside a server or started by it."""
 
 import asyncio
-import os
 import signal
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from upchatty.app import open_worker
 from upchatty.cli.output import CommonSettings
 from upchatty.cli.progress import RichProgress
 from upchatty.logs import configure_logs
-from upchatty.processes import die_with
+from upchatty.processes import die_with, give_way
 from upchatty.settings import Settings
 
 NICENESS = 10  # reading documents gives way to answering
@@ -35,7 +34,7 @@ def worker(
         idle_seconds: End when there was nothing to read for so long.
     """
     configure_logs(settings)
-    os.nice(NICENESS)
+    give_way(NICENESS)
     uvloop.run(_work(settings, parent, 0.0 if once else idle_seconds))
 
 

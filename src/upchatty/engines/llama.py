@@ -26,7 +26,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds between a crash and the next 
 STABLE_SECONDS = 60.0  # a child that has lived so long starts the back-off anew
 STOP_SECONDS = 5.0
 MIB = 1024 * 1024
-BACKGROUND_NICENESS = 15
+BACKGROUND_NICENESS = 5  # beyond the worker's own, 15 in all
 PROMPT_CACHE = 512 * MIB  # what a model keeps of prompts at most
 # How long a computing thread spins for the others before it sleeps. OpenMP's own default, milliseconds,
 # brings an engine that has to share its cores to a halt; this is enough where it has them to itself.

@@ -13,7 +13,7 @@ from typing import Any
 
 import xllamacpp
 
-from upchatty.processes import die_with
+from upchatty.processes import die_with, give_way
 
 NGRAM_MATCH, NGRAM_DRAFT = 4, 8  # tokens; on a CPU, longer drafts cost more than they bring
 BATCH_TOKENS = 128
@@ -25,7 +25,7 @@ def main() -> None:
     parameters = json.loads(sys.stdin.readline())
     die_with(parameters["parent"])
     if parameters["nice"]:
-        os.nice(parameters["nice"])
+        give_way(parameters["nice"])
     try:
         server = xllamacpp.Server(_llama_parameters(parameters))
     except RuntimeError:

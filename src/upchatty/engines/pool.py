@@ -92,6 +92,12 @@ class Pool:
         """Load the default model, if it runs here; the others are loaded when they are asked."""
         await self.model(None).start()
 
+    def preload(self) -> None:
+        """Load in the background what searches need, so that the first one does not wait for it."""
+        for model in (self.embedding, self.reranker):
+            if model:
+                model.preload()
+
     async def stop(self) -> None:
         """Stop every engine that runs here."""
         await asyncio.gather(*(model.stop() for model in self.models.values()))

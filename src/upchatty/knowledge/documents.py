@@ -31,8 +31,16 @@ Kind = Literal["file", "text", "question", "url", "sitemap", "site"]
 Status = Literal["pending", "reading", "ready", "failed"]
 
 DOCUMENT_ID = re.compile(r"doc_[0-9a-f]{32}")
+HEX = "[0-9a-fA-F]{1,4}"
+IPV6 = "|".join(  # RFC 4291, section 2.2; the shapes by where :: stands
+    (
+        f"({HEX}:){{7}}{HEX}|({HEX}:){{1,7}}:|:(:{HEX}){{1,7}}|::",
+        *(f"({HEX}:){{1,{7 - after}}}(:{HEX}){{1,{after}}}" for after in range(1, 7)),
+    )
+)
 URL_PATTERN = (
-    r"^[hH][tT][tT][pP][sS]?://(\[[0-9a-fA-F:]{2,39}\]|[^\x00-\x20\x7f/?#@\\\[\]:]+)"
+    r"^[hH][tT][tT][pP][sS]?://"
+    rf"(\[({IPV6})\]|[^\x00-\x20\x7f/?#@\\\[\]:.][^\x00-\x20\x7f/?#@\\\[\]:]*)"
     r"(:(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[0-9]{1,4}))?"
     r"([/?#][^\x00-\x20\x7f]*)?$"
 )
@@ -314,6 +322,7 @@ class Documents:
         options: dict[str, Any] | None = None,
         anew: bool = False,
     ) -> Document:
+        title = title and title.strip()
         document = new_document(chatbot_id, kind, identity, title=title or fallback_title, url=url) | {
             "media_type": media_type,
             "options": (options or {}) | ({"titled": True} if title else {}),

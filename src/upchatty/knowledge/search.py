@@ -33,7 +33,7 @@ DEFAULT_THRESHOLD = 0.2
 
 CANDIDATES = 48  # that words find, and that vectors find
 RERANKED = 20
-EMBEDDING_SECONDS = 5.0  # for loading the model, too; a question that takes longer is searched by words only
+EMBEDDING_SECONDS = 2.0  # a question whose embedding takes longer is searched by its words
 SPARE = 10  # candidates that are read beyond the limit, since some may be the same text
 EXPLAINED = 20  # findings at least, where there are so many, kept or dropped
 EARLIER_COUNTS = 0.5  # a term of an earlier message, against one of the question
@@ -170,6 +170,7 @@ class Search:
         threshold: float | None = None,
         *,
         explain: bool = False,
+        seconds: float | None = EMBEDDING_SECONDS,
     ) -> Findings:
         """The passages that fit the last message of a conversation.
 
@@ -179,12 +180,13 @@ class Search:
             limit: How many are kept at most; None: `DEFAULT_LIMIT`.
             threshold: The score below which none is kept; None: none is dropped for its score.
             explain: Whether what is dropped is wanted, too, with the reason.
+            seconds: How long to wait for the question's embedding; None: as long as the model's settings say.
 
         Raises:
             StorageUnavailable: The database does not answer.
         """
         texts = search_texts(conversation)
-        vector, model = await self._embed(texts)
+        vector, model = await self._embed(texts, seconds)
         limit = DEFAULT_LIMIT if limit is None else limit
         wanted = max(limit + EXPLAINED if explain else limit + SPARE, RERANKED if self._reranker else 0)
 
@@ -196,13 +198,13 @@ class Search:
         score = max((finding.score for finding in found), default=0.0)
         return Findings(texts, _choose(found, limit, threshold, EXPLAINED if explain else limit), score)
 
-    async def _embed(self, texts: list[str]) -> tuple[Vector | None, str]:
+    async def _embed(self, texts: list[str], seconds: float | None) -> tuple[Vector | None, str]:
         """The question's embedding: where it refers to something, between itself and all together."""
         if not self._embedding:
             return None, ""
         both = [texts[-1]] if len(texts) == 1 else [texts[-1], "\n".join(texts)]
         try:
-            vectors = await self._embedding.embed(both, seconds=EMBEDDING_SECONDS)
+            vectors = await self._embedding.embed(both, seconds=seconds)
             model = self._embedding.fingerprint
         except (RequestError, OSError) as error:
             log.warning("question_not_embedded", reason=str(error))

@@ -142,6 +142,8 @@ def _validators(had: Mapping[str, RowMapping], url: str) -> Validators | None:
 def _reason(sums: RowMapping) -> str | None:
     """What is to be said of a site whose pages are done."""
     failed, pages = sums["failed"], sums["pages"]
+    if not pages:
+        return "each of its pages is here already, as a document of its own or as another site's page"
     if not failed:
         return None
     which = "none of its pages" if failed == pages else f"{failed} of its {pages} pages"

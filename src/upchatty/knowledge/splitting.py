@@ -17,7 +17,7 @@ from msgspec import Struct
 from upchatty.knowledge.blocks import Block, Reading
 
 BUDGET = 256
-"""Tokens that a passage has at most, with its headings: what the default embedding model was trained on."""
+"""Tokens that a passage has at most, with its headings: where the default embedding model's makers cut."""
 
 SMALLEST = 32  # tokens of a budget
 ENDS = 2  # tokens that a model puts around a text
@@ -27,6 +27,15 @@ HEADER_SHARE = 1 / 3  # of the room, that a table's repeated header takes at mos
 TINY_SHARE = 1 / 6  # of the room; shorter sections are put together
 LONE_TOKENS = 12  # a passage that is shorter goes with its neighbour's
 LONG_SHARE = 1 / 2  # of the room; longer paragraphs may be cut
+
+# Above a remark in the midst of a section, as DocBook's and Sphinx's pages have it: what follows the remark
+# is the section's again, although the markup of such a heading is that of a section's.
+_REMARKS = """
+    note tip hint caution warning important danger attention
+    hinweis anmerkung tipp warnung achtung wichtig remarque astuce avertissement
+    nota consejo aviso advertencia importante avvertenza suggerimento dica opmerking waarschuwing
+"""
+REMARKS = frozenset(_REMARKS.split())
 
 # What cutting at a place costs.
 BETWEEN, SOFT, HARD, CLAUSE, WORD, CHARACTER = range(6)
@@ -223,7 +232,7 @@ def _sections(blocks: Sequence[Block], title: str) -> list[_Section]:
     for block in blocks:
         if not block.text.strip():
             continue
-        if block.kind == "heading":
+        if block.kind == "heading" and not _is_remark(block):
             above = [(level, text) for level, text in above if level < block.level]
             parents = tuple(text for _, text in above if text)
             for section in reversed(sections):
@@ -238,6 +247,10 @@ def _sections(blocks: Sequence[Block], title: str) -> list[_Section]:
             sections[-1].tokens += estimate_tokens(block.text)
     # A heading with nothing of its own is in the paths of those below it.
     return [section for section in sections if section.blocks or (section.heading and not section.has_parts)]
+
+
+def _is_remark(heading: Block) -> bool:
+    return heading.text.strip().rstrip(":!").casefold() in REMARKS
 
 
 def _merged(sections: list[_Section], budget: int) -> list[_Section]:

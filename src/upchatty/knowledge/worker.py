@@ -88,6 +88,8 @@ class Worker:
         self._sites = Sites(database, fetcher)
         self._name = process_name()
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._unnoted: set[str] = set()
+        """Documents whose reading has failed with the database, so that it could not be noted."""
         self._wake = asyncio.Event()
         self._is_new = True
 
@@ -132,7 +134,7 @@ class Worker:
                     await self._look_around()
                 await self._claim_jobs()
             except StorageUnavailable as error:
-                log.warning("database does not answer", problem=str(error.__cause__))
+                log.warning("database does not answer", problem=_problem(error))
             if self._running:
                 idle_since = time.monotonic()
             elif idle_seconds is not None and time.monotonic() - idle_since >= idle_seconds:
@@ -193,8 +195,10 @@ class Worker:
             seconds = round(time.monotonic() - started, 3)
             log.info("document read", **about, seconds=seconds)
         except StorageUnavailable as error:
-            # Neither can this be noted; when the lease is over the job is done again.
-            log.warning("database does not answer", **about, problem=str(error.__cause__))
+            # If this cannot be noted either, the job is done again when its lease is over.
+            log.warning("database does not answer", **about, problem=_problem(error))
+            self._unnoted.add(document["id"])
+            await self._note_failure(claim, error)
         except UpChattyError as error:
             log.warning("document not read", **about, problem=str(error))
             await self._note_failure(claim, error)
@@ -206,13 +210,15 @@ class Worker:
 
     async def _read(self, claim: Claim) -> None:
         document = claim.document
-        if claim.attempts > ATTEMPTS and document["status"] == "reading" and not document["reason"]:
+        has_died = document["status"] == "reading" and not document["reason"]
+        if claim.attempts > ATTEMPTS and has_died and document["id"] not in self._unnoted:
             raise _Deadly(times=claim.attempts - 1)
         if document["kind"] in SITES:
             await self._sites.read(document)
         else:
             await self._ingestion.read(claim)
         await jobs.finish(self._database, self._name, document["id"], claim.created_at, now())
+        self._unnoted.discard(document["id"])
         self._sites.note(document)
 
     async def _note_defect(self, claim: Claim, error: Exception) -> None:
@@ -278,6 +284,11 @@ class _Defect(UpChattyError):
     """A defect of ours."""
 
     sentence = "something went wrong inside the worker; its log has the details"
+
+
+def _problem(error: StorageUnavailable) -> str:
+    """What the database says, without the statement and its values."""
+    return str(error.__cause__ or error).partition("\n")[0]
 
 
 PERMANENT = (Unreadable, FetchRefused, NoPages, _Deadly)

@@ -39,13 +39,17 @@ class Database:
 
     def __init__(self, url: str, sqlite_file: Path | None) -> None:
         self._sqlite_file = None if url else sqlite_file
-        self._engine = create_async_engine(_driver_url(url, sqlite_file), **_pool_options(url))
+        # Without parameters, which are what people say and what their documents say.
+        self._engine = create_async_engine(
+            _driver_url(url, sqlite_file), hide_parameters=True, **_pool_options(url)
+        )
         if self._sqlite_file:
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
             self._readers = create_engine(
                 URL.create("sqlite", database=str(self._sqlite_file)),
                 isolation_level="AUTOCOMMIT",  # so that `_read` begins and ends transactions itself
                 pool_reset_on_return=None,
+                hide_parameters=True,
             )
             event.listen(self._readers, "connect", _prepare_sqlite)
 

@@ -22,6 +22,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
+    exists,
     func,
     insert,
     select,
@@ -92,6 +93,12 @@ def term_codes(terms: Sequence[str]) -> bytes:
     """Terms as numbers of 32 bits, little-endian: among the terms of a hundred passages, hardly ever are two
     of them the same one."""
     return np.array([crc32(term.encode()) for term in terms], "<u4").tobytes()
+
+
+async def any_passages(database: Database) -> bool:
+    """Whether any chatbot has passages."""
+    async with database.transaction() as connection:
+        return bool(await connection.scalar(select(exists(select(passages.c.id)))))
 
 
 async def embedded_hashes(database: Database, document_id: str, embedding_model: str) -> set[str]:

@@ -14,7 +14,7 @@ from msgspec import msgpack
 from upchatty.knowledge.reading.errors import Unreadable
 from upchatty.knowledge.reading.formats import read_document
 from upchatty.knowledge.reading.frames import LENGTH_BYTES, READY, Result, Task, frame
-from upchatty.processes import end_with
+from upchatty.processes import end_with, give_way
 
 if sys.platform != "win32":
     import resource
@@ -26,6 +26,7 @@ def main() -> None:
     """Read until the parent ends or closes the pipe."""
     parent, memory = (int(argument) for argument in sys.argv[1:])
     end_with(parent)
+    give_way()  # as much as the worker does
     _limit_memory(memory)
     sys.setrecursionlimit(RECURSION)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
