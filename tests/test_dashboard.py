@@ -16,6 +16,8 @@ OF_THE_WHOLE_SERVER = {
     "upchatty_http_requests_total",
     "upchatty_rate_limited_total",
     "upchatty_records_lost_total",
+    "upchatty_search_seconds_bucket",
+    "upchatty_unanswered_total",
 }
 METRIC = re.compile(r"\b(upchatty_\w+)(\{[^}]*\})?")
 
