@@ -137,6 +137,10 @@ def test_chatbots_from_first_to_last(run: Command, tmp_path: Path) -> None:
         "max_tokens": 1024,
         "keep_text": True,
         "limits": None,
+        "policy": "open",
+        "threshold": None,
+        "fallback_message": None,
+        "passages": None,
         "created_at": 0,
         "updated_at": 0,
     }

@@ -337,7 +337,7 @@ async def test_failure_before_the_first_byte(
     [
         (ScriptedAnswer(ending="hang"), 504, "0.5 seconds"),
         (ScriptedAnswer(ending="close"), 502, "closed the connection"),
-        (ScriptedAnswer(ending="garbage"), 502, "no completion"),
+        (ScriptedAnswer(ending="garbage"), 502, "not what it was asked for"),
         (ScriptedAnswer(ending="error"), 502, "scripted failure"),
     ],
 )

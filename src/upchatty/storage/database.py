@@ -225,5 +225,6 @@ def _upgrade(connection: Connection) -> None:
         # A table that Alembic makes anew must not take the rows that refer to it along, and Python's
         # driver by itself begins no transaction before DDL, so half a migration would stay.
         connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        connection.exec_driver_sql("PRAGMA legacy_alter_table=ON")  # triggers on it may name it meanwhile
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     command.upgrade(_config(connection), "head")
