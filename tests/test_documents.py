@@ -505,12 +505,10 @@ def test_workers_end_with_the_server_and_give_back(server: Server, web: Web) -> 
         eventually(lambda: not worker.is_running())
 
 
-@pytest.mark.any_database
-def test_terminal_without_a_server(server: Server, tmp_path: Path) -> None:
-    """The command reads by itself."""
-    if server.process and server.process.poll() is None:
-        server.stop()
-    chatbot = rows(server, chatbots.select())[0].id
+def test_terminal_without_a_server(tmp_path: Path) -> None:
+    """The command reads by itself, here with the default embedding model."""
+    server = Server(tmp_path)
+    chatbot = json.loads(server.run("chatbots", "create", "Cats", "--json").stdout)["id"]
     file = tmp_path / "a.txt"
     file.write_text("Cats sleep for most of the day.")
     added = server.run(
