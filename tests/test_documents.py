@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.support import Server, assert_error
 from tests.test_management import UNKNOWN, eventually, rows
-from upchatty.storage.tables import chatbots, document_contents, documents, jobs, passages, staged_embeddings
+from upchatty.storage.tables import document_contents, documents, jobs, passages, staged_embeddings
 
 MOST_BYTES = 300_000
 SECONDS = 90  # for reading, on a machine that has other things to do
